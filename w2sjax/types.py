@@ -20,52 +20,56 @@ import chex
 
 
 class Status(enum.StrEnum):
-  """How an episode ended. Only the first four say anything about the policy's play."""
+    """How an episode ended. Only the first four say anything about the policy's play."""
 
-  SUCCESS = "success"  # the environment's own verdict
-  FAILED = "failed"  # the environment ended the episode without success
-  STEP_LIMIT = "step_limit"  # the environment's step limit was reached
-  TOKEN_LIMIT = "token_limit"  # the policy's context was full
-  ENV_ERROR = "env_error"  # the environment or its worker broke; never scored
-  POLICY_ERROR = "policy_error"  # the policy could not produce an answer; never scored
+    SUCCESS = "success"  # the environment's own verdict
+    FAILED = "failed"  # the environment ended the episode without success
+    STEP_LIMIT = "step_limit"  # the environment's step limit was reached
+    TOKEN_LIMIT = "token_limit"  # the policy's context was full
+    ENV_ERROR = "env_error"  # the environment or its worker broke; never scored
+    POLICY_ERROR = "policy_error"  # the policy could not produce an answer; never scored
 
-  @property
-  def scored(self) -> bool:
-    """Whether the episode's score says something about the policy (crashes never do)."""
-    return self not in (Status.ENV_ERROR, Status.POLICY_ERROR)
+    @property
+    def scored(self) -> bool:
+        """Whether the episode's score says something about the policy (crashes never do)."""
+        return self not in (Status.ENV_ERROR, Status.POLICY_ERROR)
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """One turn of the agent and what the environment answered."""
+    """One turn of the agent and what the environment answered."""
 
-  answer: str  # what the agent said, verbatim
-  action: str | None  # what the one parser read from it; None where it was malformed
-  observation: str  # what followed
-  reward: float = 0.0  # change of the score
-  answer_ids: tuple[int, ...] | None = None  # the sampled token ids, end of turn included; None if nobody sampled
-  answer_logp: float | None = None  # log-probability of answer_ids under the sampling policy, in nats
+    answer: str  # what the agent said, verbatim
+    action: str | None  # what the one parser read from it; None where it was malformed
+    observation: str  # what followed
+    reward: float = 0.0  # change of the score
+    answer_ids: tuple[int, ...] | None = (
+        None  # the sampled token ids, end of turn included; None if nobody sampled
+    )
+    answer_logp: float | None = (
+        None  # log-probability of answer_ids under the sampling policy, in nats
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-  """The record of one rollout. `score` is in [0, 1] and the environment's own."""
+    """The record of one rollout. `score` is in [0, 1] and the environment's own."""
 
-  task_id: str
-  rollout: int  # index among the rollouts of this task
-  env: str
-  policy: str  # who acted: "expert", "player", "weak", a method's name
-  seed: int
-  instruction: str  # system message
-  first_observation: str  # first user message
-  steps: tuple[Step, ...]
-  status: Status
-  score: float
-  error: str = ""  # what broke, for env_error and policy_error
+    task_id: str
+    rollout: int  # index among the rollouts of this task
+    env: str
+    policy: str  # who acted: "expert", "player", "weak", a method's name
+    seed: int
+    instruction: str  # system message
+    first_observation: str  # first user message
+    steps: tuple[Step, ...]
+    status: Status
+    score: float
+    error: str = ""  # what broke, for env_error and policy_error
 
-  @property
-  def success(self) -> bool:
-    return self.status is Status.SUCCESS
+    @property
+    def success(self) -> bool:
+        return self.status is Status.SUCCESS
 
 
 # ------------------------------------------------------------------------------------------------
@@ -75,54 +79,62 @@ class Trajectory:
 
 @chex.dataclass(frozen=True)
 class TrajectoryTree:
-  """One task's trajectories merged by common prefixes: fixed capacity, breadth-first, root 0.
+    """One task's trajectories merged by common prefixes: fixed capacity, breadth-first, root 0.
 
-  Children of a node are contiguous; `parent[v] < v`; nodes at or past `num_nodes` are inert padding
-  (all zeros, `parent`, `first_child` and `representative` −1). Batched by `jax.vmap` (leading axis B).
-  """
+    Children of a node are contiguous; `parent[v] < v`; nodes at or past `num_nodes` are inert padding
+    (all zeros, `parent`, `first_child` and `representative` −1). Batched by `jax.vmap` (leading axis B).
+    """
 
-  parent: chex.Array  # int32 [N], −1 at the root
-  depth: chex.Array  # int32 [N], steps from the root
-  step_key: chex.Array  # int32 [N], key of the step into the node; −1 at the root
-  data_count: chex.Array  # int32 [N], trajectories through the node
-  return_sum: chex.Array  # float32 [N], sum of their returns
-  terminal_count: chex.Array  # int32 [N], trajectories that end at the node
-  terminal_return_sum: chex.Array  # float32 [N], sum of their returns
-  first_child: chex.Array  # int32 [N], −1 without children
-  num_children: chex.Array  # int32 [N]
-  representative: chex.Array  # int32 [N], lowest trajectory id through the node
-  trajectory_node: chex.Array  # int32 [R, T+1], node after t steps; −1 past the end (or past overflow)
-  num_nodes: chex.Array  # int32 []
-  overflow: chex.Array  # int32 [], nodes that did not fit; 0 when all did
+    parent: chex.Array  # int32 [N], −1 at the root
+    depth: chex.Array  # int32 [N], steps from the root
+    step_key: chex.Array  # int32 [N], key of the step into the node; −1 at the root
+    data_count: chex.Array  # int32 [N], trajectories through the node
+    return_sum: chex.Array  # float32 [N], sum of their returns
+    terminal_count: chex.Array  # int32 [N], trajectories that end at the node
+    terminal_return_sum: chex.Array  # float32 [N], sum of their returns
+    first_child: chex.Array  # int32 [N], −1 without children
+    num_children: chex.Array  # int32 [N]
+    representative: chex.Array  # int32 [N], lowest trajectory id through the node
+    trajectory_node: (
+        chex.Array
+    )  # int32 [R, T+1], node after t steps; −1 past the end (or past overflow)
+    num_nodes: chex.Array  # int32 []
+    overflow: chex.Array  # int32 [], nodes that did not fit; 0 when all did
 
 
 @chex.dataclass(frozen=True)
 class PackedBatch:
-  """Rows of tokens that the train step consumes: one or more sequences (or whole token trees) per row.
+    """Rows of tokens that the train step consumes: one or more sequences (or whole token trees) per row.
 
-  Token i may attend to token j of its row exactly when `j <= i < subtree_end[j]`. For a plain sequence
-  `subtree_end` is where the sequence ends; padding has `subtree_end == 0`, so nothing attends to it.
-  The logits that predict token i are those at `predecessor[i]` (i − 1 in plain sequences).
-  """
+    Token i may attend to token j of its row exactly when `j <= i < subtree_end[j]`. For a plain sequence
+    `subtree_end` is where the sequence ends; padding has `subtree_end == 0`, so nothing attends to it.
+    The logits that predict token i are those at `predecessor[i]` (i − 1 in plain sequences).
+    """
 
-  tokens: chex.Array  # int32 [S, L]
-  positions: chex.Array  # int32 [S, L], position of the token on its own path
-  subtree_end: chex.Array  # int32 [S, L], row index past the last token that may attend to this one
-  predecessor: chex.Array  # int32 [S, L], row index of the predicting token; 0 where loss_weight is 0 anyway
-  loss_weight: chex.Array  # float32 [S, L], 0 on what the agent did not say
-  sequence_id: chex.Array  # int32 [S, L], index of the token's sequence in the batch; −1 on padding
+    tokens: chex.Array  # int32 [S, L]
+    positions: chex.Array  # int32 [S, L], position of the token on its own path
+    subtree_end: (
+        chex.Array
+    )  # int32 [S, L], row index past the last token that may attend to this one
+    predecessor: (
+        chex.Array
+    )  # int32 [S, L], row index of the predicting token; 0 where loss_weight is 0 anyway
+    loss_weight: chex.Array  # float32 [S, L], 0 on what the agent did not say
+    sequence_id: (
+        chex.Array
+    )  # int32 [S, L], index of the token's sequence in the batch; −1 on padding
 
 
 class Policy(NamedTuple):
-  """A language model as plain functions over a pytree of parameters.
+    """A language model as plain functions over a pytree of parameters.
 
-  apply_fn(params, tokens [S, L], *, positions [S, L], subtree_end [S, L]) → logits float32 [S, L, V]
-  init_cache(num_slots, max_length) → cache (a pytree, leading axes chosen by the model)
-  decode_fn(params, cache, tokens [S, C], start [S], last [S]) → (logits float32 [S, V], cache):
-    writes the chunk's keys and values at positions start … start+C−1 of every slot, lets each token attend
-    to all cached positions up to its own, returns the logits at chunk index `last`.
-  """
+    apply_fn(params, tokens [S, L], *, positions [S, L], subtree_end [S, L]) → logits float32 [S, L, V]
+    init_cache(num_slots, max_length) → cache (a pytree, leading axes chosen by the model)
+    decode_fn(params, cache, tokens [S, C], start [S], last [S]) → (logits float32 [S, V], cache):
+      writes the chunk's keys and values at positions start … start+C−1 of every slot, lets each token attend
+      to all cached positions up to its own, returns the logits at chunk index `last`.
+    """
 
-  apply_fn: Callable[..., Any]
-  init_cache: Callable[..., Any]
-  decode_fn: Callable[..., Any]
+    apply_fn: Callable[..., Any]
+    init_cache: Callable[..., Any]
+    decode_fn: Callable[..., Any]

@@ -14,74 +14,76 @@ from typing import Any, Protocol, runtime_checkable
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-  """What the environment says after an action."""
+    """What the environment says after an action."""
 
-  observation: str
-  score: float  # the environment's own score so far, in [0, 1]
-  done: bool  # the environment ended the episode
-  success: bool  # the environment's own verdict
+    observation: str
+    score: float  # the environment's own score so far, in [0, 1]
+    done: bool  # the environment ended the episode
+    success: bool  # the environment's own verdict
 
 
 @runtime_checkable
 class Env(Protocol):
-  """A text environment.
+    """A text environment.
 
-  Attributes:
-    name: the registered name.
-    instruction: one short text that tells an agent what it can say; the system message of every episode.
-    max_steps: step limit of the task that was reset last.
-  """
-
-  name: str
-  instruction: str
-  max_steps: int
-
-  def task_ids(self, split: str, count: int | None = None) -> Sequence[str]:
-    """The first `count` task ids of a split (all, where None and the split is finite), in a fixed order
-    that is shuffled once and for all, so that any prefix is a fair sample of the split.
-
-    Raises:
-      ValueError: unknown split, or fewer than `count` tasks in it; the message names both numbers.
+    Attributes:
+      name: the registered name.
+      instruction: one short text that tells an agent what it can say; the system message of every episode.
+      max_steps: step limit of the task that was reset last.
     """
 
-  def reset(self, task_id: str) -> str:
-    """Starts a task and returns the first observation, the goal included."""
+    name: str
+    instruction: str
+    max_steps: int
 
-  def step(self, action: str) -> Outcome:
-    """Performs one action. Any text is accepted: nonsense gets an observation that says so."""
+    def task_ids(self, split: str, count: int | None = None) -> Sequence[str]:
+        """The first `count` task ids of a split (all, where None and the split is finite), in a fixed order
+        that is shuffled once and for all, so that any prefix is a fair sample of the split.
 
-  def admissible_actions(self) -> list[str]:
-    """Actions that mean something now, sorted."""
+        Raises:
+          ValueError: unknown split, or fewer than `count` tasks in it; the message names both numbers.
+        """
 
-  def expert_action(self) -> str:
-    """The expert's next action in the current state, also after actions that were not the expert's."""
+    def reset(self, task_id: str) -> str:
+        """Starts a task and returns the first observation, the goal included."""
 
-  def close(self) -> None:
-    """Frees what the environment holds; may be called twice."""
+    def step(self, action: str) -> Outcome:
+        """Performs one action. Any text is accepted: nonsense gets an observation that says so."""
+
+    def admissible_actions(self) -> list[str]:
+        """Actions that mean something now, sorted."""
+
+    def expert_action(self) -> str:
+        """The expert's next action in the current state, also after actions that were not the expert's."""
+
+    def close(self) -> None:
+        """Frees what the environment holds; may be called twice."""
 
 
 # Name → "module:class". Modules are imported on first use, so that optional packages stay optional.
 ENVIRONMENTS: Mapping[str, str] = {
-  "household": "w2sjax.envs.household:Household",
-  "scienceworld": "w2sjax.envs.scienceworld:ScienceWorld",
+    "household": "w2sjax.envs.household:Household",
+    "scienceworld": "w2sjax.envs.scienceworld:ScienceWorld",
 }
 
 
 def make_env(name: str, **options: Any) -> Env:
-  """Makes an environment by its registered name.
+    """Makes an environment by its registered name.
 
-  Args:
-    name: a key of `ENVIRONMENTS`.
-    **options: keyword arguments of the environment's class.
+    Args:
+      name: a key of `ENVIRONMENTS`.
+      **options: keyword arguments of the environment's class.
 
-  Raises:
-    ValueError: unknown name, or an option that the environment does not have.
-  """
-  if name not in ENVIRONMENTS:
-    raise ValueError(f"env.name: unknown environment {name!r}; known: {', '.join(sorted(ENVIRONMENTS))}")
-  module, _, class_name = ENVIRONMENTS[name].partition(":")
-  cls = getattr(importlib.import_module(module), class_name)
-  try:
-    return cls(**options)
-  except TypeError as error:
-    raise ValueError(f"env.options: {name} cannot be made with {options!r}: {error}") from error
+    Raises:
+      ValueError: unknown name, or an option that the environment does not have.
+    """
+    if name not in ENVIRONMENTS:
+        raise ValueError(
+            f"env.name: unknown environment {name!r}; known: {', '.join(sorted(ENVIRONMENTS))}"
+        )
+    module, _, class_name = ENVIRONMENTS[name].partition(":")
+    cls = getattr(importlib.import_module(module), class_name)
+    try:
+        return cls(**options)
+    except TypeError as error:
+        raise ValueError(f"env.options: {name} cannot be made with {options!r}: {error}") from error
