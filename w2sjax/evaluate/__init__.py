@@ -1,0 +1,21 @@
+"""How good a policy is on held-out tasks, and how much of the gap to expert training it recovered."""
+
+from w2sjax.evaluate.metrics import (
+    Interval,
+    Scores,
+    compare,
+    mean_interval,
+    paired_difference,
+    pgr_interval,
+    task_scores,
+)
+
+__all__ = [
+    "Interval",
+    "Scores",
+    "compare",
+    "mean_interval",
+    "paired_difference",
+    "pgr_interval",
+    "task_scores",
+]

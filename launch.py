@@ -1,0 +1,37 @@
+"""Runs the main job: python launch.py --config=configs/household.py [--workdir=DIR] [--config.a.b=x]."""
+
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from w2sjax import pipeline
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/, with an argument: file.py:arg."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where all results go; runs/<config.name> by default."
+)
+_START_OVER = flags.DEFINE_bool(
+    "start_over", False, "Delete what another config left in the workdir."
+)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"unexpected argument {argv[1]!r}; settings are flags like --config.seed=1"
+        )
+    workdir = _WORKDIR.value or f"runs/{_CONFIG.value.name}"
+    try:
+        pipeline.run(_CONFIG.value, workdir, start_over=_START_OVER.value)
+    except pipeline.USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

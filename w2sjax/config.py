@@ -1,0 +1,227 @@
+"""Every field a run can set, its default, and what values make sense.
+
+A config file in `configs/` calls `default_config()`, changes what it needs and returns it locked.
+Only `pipeline.py` reads a config; the rooms get plain arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_collections
+
+SFT_METHODS = ("sft_all", "sft_success", "mcts", "tree_awr", "ceiling")
+PREFERENCE_METHODS = {  # method → the SFT targets that its frozen reference was trained on
+    "dpo": "sft_success",
+    "tree_dpo": "sft_success",
+    "mcts_tree_dpo": "mcts",
+}
+METHODS = ("weak", "strong", *SFT_METHODS[:2], "dpo", "tree_dpo", "mcts", "mcts_tree_dpo")
+METHODS += ("tree_awr", "ceiling")
+MODES = ("greedy", "sampled")
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The whole schema with defaults, unlocked; the config files lock it."""
+    c = ml_collections.ConfigDict()
+    c.name = "unnamed"  # names the default workdir, runs/<name>
+    c.seed = 0  # of everything after pretraining; runs of several seeds share the pretrained models
+    c.cache_dir = ""  # pretrained models and compiled programs; "" is the user's cache folder
+    c.methods = METHODS  # which rows of the table run
+
+    c.env = ml_collections.ConfigDict()
+    c.env.name = "household"  # a registered name, or "module:Class" of your own environment
+    c.env.options = ml_collections.ConfigDict()  # keyword arguments of the environment's class
+    c.env.workers = 0  # worker processes; 0 runs the environment in this process
+    c.env.timeout_s = 60.0  # seconds before a silent worker is restarted
+    c.env.max_restarts = 20  # worker restarts per stage before the run gives up
+
+    c.tasks = ml_collections.ConfigDict()  # how many tasks of each split
+    c.tasks.demonstrations = 100  # expert episodes that teach the weak policy
+    c.tasks.train = 400  # tasks of the weak rollouts, and of the ceiling's expert episodes
+    c.tasks.held_out = 300  # tasks of the evaluation
+    c.tasks.held_out_split = "test"  # "dev" while choosing settings, "test" once
+
+    c.tokenizer = ml_collections.ConfigDict()
+    c.tokenizer.vocab_size = 512  # of the BPE trained on the pretraining transcripts
+
+    c.models = ml_collections.ConfigDict()
+    c.models.weak = "xs"  # a preset of w2sjax.models
+    c.models.strong = "s"
+    c.models.max_length = 512  # context in tokens
+    c.models.compute_dtype = "auto"  # "float32", "bfloat16"; auto: float32 on CPU, else bfloat16
+
+    c.pretrain = ml_collections.ConfigDict()  # on unlabelled transcripts of players of mixed skill
+    c.pretrain.seed = 0  # apart from `seed`, so that seeds share the pretrained models
+    c.pretrain.episodes = 2000  # transcripts, on tasks of the split "pretrain"
+    c.pretrain.random_low = 0.1  # each player's share of random actions is drawn per episode
+    c.pretrain.random_high = 1.0  # uniformly between these two
+    c.pretrain.weak_steps = 600  # optimizer steps of the weak model
+    c.pretrain.strong_steps = 1200  # of the strong model
+    c.pretrain.learning_rate = 2e-3
+    c.pretrain.rows = 8  # rows per batch
+    c.pretrain.loss_on = "all"  # "all" tokens, or the "agent"'s only
+
+    c.weak = ml_collections.ConfigDict()  # the weak policy: SFT of the weak model on demonstrations
+    c.weak.steps = 200
+    c.weak.learning_rate = 1e-3
+    c.weak.rows = 4
+
+    c.rollouts = ml_collections.ConfigDict()
+    c.rollouts.per_task = 8  # R
+    c.rollouts.temperature = 1.0
+    c.rollouts.top_p = 1.0
+    c.rollouts.max_new_tokens = 24  # per answer
+
+    c.sampler = ml_collections.ConfigDict()
+    c.sampler.slots = 128  # episodes in flight
+
+    c.trees = ml_collections.ConfigDict()
+    c.trees.merge_on = "action_observation"  # or "action", "observation_history"
+
+    c.search = ml_collections.ConfigDict()
+    c.search.num_simulations = 1000  # k
+    c.search.exploration_weight = 1.41  # c of UCT
+    c.search.discount = 1.0  # per step
+
+    c.targets = ml_collections.ConfigDict()
+    c.targets.pair_values = "max"  # values that tree_dpo compares: "mean", "max" or "mcts"
+    c.targets.min_value_gap = 0.1  # least difference of value between the sides of a pair
+    c.targets.max_pairs_per_tree = 16  # tree_dpo
+    c.targets.pairing = "best_vs_each"  # which children are paired: or "best_vs_worst", "adjacent"
+    c.targets.continuation = "to_end"  # what is compared below a parting: or "one_step"
+    c.targets.max_pairs_per_task = 8  # dpo, randomly matched
+    c.targets.rejected_extra_steps = (
+        5  # a rejected side is cut to this many steps more than the chosen
+    )
+    c.targets.best_path_min_return = 0.0  # mcts leaves out trees whose best path returned no more
+    c.targets.awr_beta = 0.2  # temperature of tree_awr's weights
+    c.targets.awr_max_weight = 10.0  # they are clipped here
+
+    c.train = (
+        ml_collections.ConfigDict()
+    )  # one budget for every method: optimizer steps at equal batch
+    c.train.steps = 600  # in all; a preference method's two phases add up to it
+    c.train.preference_steps = 120  # of them, for dpo, tree_dpo and mcts_tree_dpo
+    c.train.learning_rate = 1e-3
+    c.train.preference_learning_rate = 5e-5
+    c.train.rows = 4  # rows per batch
+    c.train.row_length = 256  # tokens per row; grown to the longest sequence where that is longer
+    c.train.pairs = 8  # pairs per preference batch
+    c.train.beta = 0.1  # of DPO
+    c.train.chosen_sft_weight = 1.0  # weight of the chosen side's likelihood in the DPO loss
+    c.train.optimizer = "adamw"
+    c.train.schedule = "cosine"
+    c.train.warmup_steps = 20
+    c.train.weight_decay = 0.01
+    c.train.clip_norm = 1.0
+    c.train.checkpoint_every = 200  # steps between checkpoints that a resumed run starts from
+
+    c.mesh = ml_collections.ConfigDict()  # device counts; −1 takes what is left
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    c.evaluate = ml_collections.ConfigDict()
+    c.evaluate.modes = MODES  # how actions are chosen
+    c.evaluate.headline = "sampled"  # the mode that report.json's methods.<name> shows first
+    c.evaluate.temperature = 1.0  # of the mode "sampled"
+    c.evaluate.bootstrap = 2000  # resamples behind every interval
+
+    c.gate = ml_collections.ConfigDict()  # warnings when a set-up has no room to show anything
+    c.gate.min_sampled_success = 0.05  # of the weak rollouts
+    c.gate.max_sampled_success = 0.8
+    c.gate.min_tasks_with_success = 0.2  # share of tasks with at least one success
+    c.gate.min_shared_steps = 0.1  # share of steps that another rollout of the task took as well
+    return c
+
+
+_POSITIVE = (
+    "env.timeout_s tasks.demonstrations tasks.train tasks.held_out tokenizer.vocab_size models.max_length "
+    "pretrain.episodes pretrain.weak_steps pretrain.strong_steps pretrain.learning_rate pretrain.rows "
+    "weak.steps weak.learning_rate weak.rows rollouts.per_task rollouts.temperature "
+    "rollouts.max_new_tokens sampler.slots search.num_simulations targets.max_pairs_per_tree "
+    "targets.max_pairs_per_task targets.awr_beta targets.awr_max_weight train.steps train.learning_rate "
+    "train.preference_learning_rate train.rows train.row_length train.pairs train.beta train.clip_norm "
+    "train.checkpoint_every evaluate.temperature evaluate.bootstrap"
+).split()
+_NOT_NEGATIVE = (
+    "seed env.workers env.max_restarts pretrain.seed search.exploration_weight targets.min_value_gap "
+    "targets.rejected_extra_steps targets.best_path_min_return train.preference_steps "
+    "train.chosen_sft_weight train.warmup_steps train.weight_decay"
+).split()
+_SHARES = (
+    "pretrain.random_low pretrain.random_high rollouts.top_p search.discount gate.min_sampled_success "
+    "gate.max_sampled_success gate.min_tasks_with_success gate.min_shared_steps"
+).split()
+_CHOICES = {
+    "models.compute_dtype": ("auto", "float32", "bfloat16"),
+    "pretrain.loss_on": ("all", "agent"),
+    "trees.merge_on": ("action_observation", "action", "observation_history"),
+    "targets.pair_values": ("mean", "max", "mcts"),
+    "targets.pairing": ("best_vs_each", "best_vs_worst", "adjacent"),
+    "targets.continuation": ("to_end", "one_step"),
+    "evaluate.headline": MODES,
+}
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks every value that a type cannot rule out.
+
+    Raises:
+      ValueError: one sentence per impossible value, each naming the field, what it is and what it may be.
+    """
+    problems: list[str] = []
+
+    def get(path: str):
+        value = config
+        for part in path.split("."):
+            value = value[part]
+        return value
+
+    def require(path: str, holds: Callable, wanted: str) -> None:
+        if not holds(get(path)):
+            problems.append(f"config.{path} is {get(path)!r}; it must be {wanted}")
+
+    for path in _POSITIVE:
+        require(path, lambda v: v > 0, "greater than 0")
+    for path in _NOT_NEGATIVE:
+        require(path, lambda v: v >= 0, "0 or more")
+    for path in _SHARES:
+        require(path, lambda v: 0 <= v <= 1, "between 0 and 1")
+    for path, choices in _CHOICES.items():
+        require(path, lambda v, choices=choices: v in choices, f"one of {', '.join(choices)}")
+    for path, known in (("methods", METHODS), ("evaluate.modes", MODES)):
+        require(path, len, "not empty")
+        require(
+            path,
+            lambda v, known=known: set(v) <= set(known),
+            f"a tuple of some of {', '.join(known)}",
+        )
+        require(path, lambda v: len(set(v)) == len(v), "free of repetitions")
+    for path in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+        require(path, lambda v: v == -1 or v > 0, "a number of devices, or -1 for what is left")
+    axes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if axes.count(-1) > 1:
+        problems.append(f"config.mesh has -1 on {axes.count(-1)} axes; at most one can be filled")
+    if config.pretrain.random_low > config.pretrain.random_high:
+        problems.append("config.pretrain.random_low is above config.pretrain.random_high")
+    if config.train.preference_steps >= config.train.steps:
+        problems.append(
+            f"config.train.preference_steps is {config.train.preference_steps}; it must be less than "
+            f"config.train.steps ({config.train.steps}), which it is a part of"
+        )
+    if config.evaluate.headline not in config.evaluate.modes:
+        problems.append(
+            f"config.evaluate.headline is {config.evaluate.headline!r}, which is not in "
+            f"config.evaluate.modes {tuple(config.evaluate.modes)}"
+        )
+    if config.rollouts.top_p == 0:
+        problems.append("config.rollouts.top_p is 0; it must be greater than 0")
+    if config.rollouts.max_new_tokens >= config.models.max_length:
+        problems.append(
+            f"config.rollouts.max_new_tokens ({config.rollouts.max_new_tokens}) must be less than "
+            f"config.models.max_length ({config.models.max_length})"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))

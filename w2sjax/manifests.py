@@ -1,0 +1,197 @@
+"""Stages on disk: a directory each, written atomically, skipped when its manifest matches.
+
+A stage is known by its key: a hash of its name, the settings it reads, the keys of the stages it reads
+and the format version. While it runs, it works in `<directory>.partial`, so that a run that was cut off goes on
+there; when it is done, its manifest is written and the directory renamed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+_KEY = "key.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A finished stage."""
+
+    name: str
+    directory: Path
+    key: str
+    seconds: float  # wall time of the run that finished it
+    skipped: bool  # whether it was there already
+
+
+def stage_key(name: str, settings: Mapping[str, Any], inputs: Mapping[str, Stage]) -> str:
+    """Hexadecimal key of a stage."""
+    record = {
+        "format": FORMAT,
+        "name": name,
+        "settings": settings,
+        "inputs": {role: stage.key for role, stage in sorted(inputs.items())},
+    }
+    return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def write_json(path: Path, record: Any) -> None:
+    """Writes a JSON file so that a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; what is wrong with it names the file and the line."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        line = getattr(error, "lineno", "?")
+        raise ValueError(
+            f"{path}, line {line}: not JSON ({error}); delete the file's directory to make it anew"
+        ) from error
+
+
+def run_stage(
+    name: str,
+    directory: Path,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Stage],
+    make: Callable[[Path], Mapping[str, Any] | None],
+) -> Stage:
+    """Runs a stage unless it is done.
+
+    Args:
+      name: of the stage.
+      directory: where its results go; created whole or not at all.
+      settings: JSON values, all that `make` depends on besides the inputs.
+      inputs: role → finished stage that `make` reads.
+      make: fills the (possibly partly filled) directory that it is given; what it returns goes into the manifest.
+
+    Returns:
+      The finished stage.
+
+    Raises:
+      ValueError: the directory holds another stage's results.
+    """
+    key = stage_key(name, settings, inputs)
+    manifest = directory / _MANIFEST
+    if manifest.exists():
+        found = read_json(manifest)
+        if found["key"] == key:
+            return Stage(name, directory, key, found["seconds"], skipped=True)
+        raise ValueError(
+            f"{directory} was made with other settings or inputs (key {found['key']}, now {key}); "
+            "delete it or start over with --start_over"
+        )
+    if directory.exists():
+        raise ValueError(f"{directory} has no {_MANIFEST}, so it is no stage's result; remove it")
+    partial = directory.with_name(directory.name + ".partial")
+    if partial.exists():
+        marker = partial / _KEY
+        if not marker.exists() or read_json(marker)["key"] != key:
+            shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    write_json(partial / _KEY, {"key": key})
+    start = time.monotonic()
+    facts = make(partial)
+    seconds = round(time.monotonic() - start, 3)
+    write_json(
+        partial / _MANIFEST,
+        {
+            "name": name,
+            "key": key,
+            "settings": settings,
+            "inputs": {role: stage.key for role, stage in inputs.items()},
+            "seconds": seconds,
+            "facts": dict(facts or {}),
+            "versions": versions(),
+        },
+    )
+    (partial / _KEY).unlink()
+    os.replace(partial, directory)
+    return Stage(name, directory, key, seconds, skipped=False)
+
+
+def stage_facts(stage: Stage) -> dict[str, Any]:
+    """What a stage reported about itself."""
+    return read_json(stage.directory / _MANIFEST)["facts"]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    packages = ("w2sjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def claim_workdir(workdir: Path, config: Mapping[str, Any], *, start_over: bool) -> None:
+    """Makes a workdir this config's own.
+
+    Args:
+      workdir: created where it does not exist.
+      config: the whole config as JSON values.
+      start_over: delete what another config made there.
+
+    Raises:
+      ValueError: it belongs to another config; the message shows the difference field by field.
+      OSError: it cannot be written; the message names it.
+    """
+    record = workdir / "config.json"
+    if start_over and workdir.exists():
+        if not record.exists() and any(workdir.iterdir()):
+            raise ValueError(
+                f"--start_over would delete {workdir}, which no run of w2sjax made (it has no "
+                "config.json); choose another --workdir"
+            )
+        shutil.rmtree(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"--workdir {workdir} cannot be written: {error.strerror or error}; choose another one"
+        ) from error
+    if record.exists():
+        differences = _differences(read_json(record), config)
+        if differences:
+            lines = "\n".join(f"  {line}" for line in differences)
+            raise ValueError(
+                f"{workdir} was made by another config:\n{lines}\n"
+                "Choose another --workdir, or pass --start_over to delete what is there."
+            )
+    write_json(record, config)
+
+
+def _differences(old: Any, new: Any, path: str = "config") -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines = []
+        for key in sorted(set(old) | set(new)):
+            here = f"{path}.{key}"
+            if key not in old:
+                lines.append(f"{here}: not there before, now {new[key]!r}")
+            elif key not in new:
+                lines.append(f"{here}: was {old[key]!r}, now not there")
+            else:
+                lines += _differences(old[key], new[key], here)
+        return lines
+    return [] if old == new else [f"{path}: was {old!r}, now {new!r}"]

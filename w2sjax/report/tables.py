@@ -1,0 +1,136 @@
+"""The table of results: `report.json` for programs, `report.md` and the terminal for people."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+_COLUMNS = (
+    ("success", "success"),
+    ("reward", "reward"),
+    ("pgr", "PGR (reward)"),
+    ("pgr_success", "PGR (success)"),
+    ("difference", "success against sft_success"),
+)
+
+
+def build_report(
+    comparisons: Mapping[str, Mapping[str, Any]],
+    *,
+    headline: str,
+    stages: Sequence[Any],
+    room: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Joins what the stages wrote into one record.
+
+    Args:
+      comparisons: evaluation mode → the rows of `evaluate.compare`.
+      headline: the mode that `methods.<name>` shows first.
+      stages: finished stages (name, seconds, skipped).
+      room: what the gate saw, with its warnings.
+      settings: facts to state beside the numbers (seed, tasks, budget, left-out counts).
+
+    Returns:
+      JSON values: methods.<name>.{reward,success,pgr,…}.{mean,low,high} for the headline mode and
+      methods.<name>.modes.<mode>.… for all, stages.<name>.{seconds,skipped}, room, settings.
+    """
+    methods = {
+        name: {**row, "modes": {mode: rows[name] for mode, rows in comparisons.items()}}
+        for name, row in comparisons[headline].items()
+    }
+    return {
+        "headline": headline,
+        "methods": methods,
+        "stages": {s.name: {"seconds": s.seconds, "skipped": s.skipped} for s in stages},
+        "room": dict(room),
+        "settings": dict(settings),
+    }
+
+
+def interval_text(interval: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    """`.412 [.360, .465]`, or a dash where it is undefined."""
+    if interval is None or interval["mean"] is None:
+        return "–"
+    form = "{:+.3f}" if signed else "{:.3f}"
+    text = form.format(interval["mean"])
+    if interval["low"] is None:
+        return text
+    return f"{text} [{form.format(interval['low'])}, {form.format(interval['high'])}]"
+
+
+def method_rows(report: Mapping[str, Any], mode: str) -> list[list[str]]:
+    """The table of one evaluation mode as text cells, a row per method."""
+    rows = []
+    for name, method in report["methods"].items():
+        row = method["modes"][mode]
+        cells = [name]
+        cells += [interval_text(row.get(key), signed=key == "difference") for key, _ in _COLUMNS]
+        cells += [f"{row['mean_steps']:.1f}", str(row["unscored"])]
+        rows.append(cells)
+    return rows
+
+
+def _header() -> list[str]:
+    return ["method", *(title for _, title in _COLUMNS), "steps", "not scored"]
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(html.escape(str(c)) for c in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """`report.md`: the tables, what was run, the room there was, and where the time went."""
+    settings = report["settings"]
+    parts = [f"# {settings['name']}, seed {settings['seed']}", ""]
+    parts += [
+        f"{settings['held_out']} held-out tasks of split `{settings['split']}`; 95 % bootstrap intervals "
+        "over tasks, paired where two methods are compared. Every method had "
+        f"{settings['train_steps']} optimizer steps at equal batch.",
+        "",
+    ]
+    modes = [report["headline"]]
+    modes += [m for m in next(iter(report["methods"].values()))["modes"] if m not in modes]
+    for mode in modes:
+        parts += [
+            f"## Actions {mode}",
+            "",
+            _markdown_table(_header(), method_rows(report, mode)),
+            "",
+        ]
+    parts += ["## Room to show anything", ""]
+    parts += [f"- {key}: {value}" for key, value in report["room"].items() if key != "warnings"]
+    parts += [f"- **warning**: {line}" for line in report["room"].get("warnings", ())]
+    parts += ["", "## What was left out", ""]
+    parts += [f"- {key}: {value}" for key, value in settings["left_out"].items()]
+    parts += ["", "## Time", ""]
+    rows = [
+        [name, f"{stage['seconds']:.1f}", "already there" if stage["skipped"] else ""]
+        for name, stage in report["stages"].items()
+    ]
+    parts += [_markdown_table(["stage", "seconds", ""], rows), ""]
+    return "\n".join(parts)
+
+
+def terminal_tables(report: Mapping[str, Any]) -> list[Table]:
+    """The same tables for a terminal."""
+    tables = []
+    for mode in report["methods"][next(iter(report["methods"]))]["modes"]:
+        table = Table(title=f"actions {mode}", title_justify="left")
+        for i, title in enumerate(_header()):
+            table.add_column(title, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        for row in method_rows(report, mode):
+            table.add_row(*row)
+        tables.append(table)
+    time = Table(title="seconds per stage", title_justify="left")
+    time.add_column("stage")
+    time.add_column("seconds", justify="right")
+    time.add_column("")
+    for name, stage in report["stages"].items():
+        time.add_row(name, f"{stage['seconds']:.1f}", "already there" if stage["skipped"] else "")
+    return [*tables, time]
