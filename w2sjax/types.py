@@ -133,8 +133,12 @@ class Policy(NamedTuple):
     decode_fn(params, cache, tokens [S, C], start [S], last [S]) → (logits float32 [S, V], cache):
       writes the chunk's keys and values at positions start … start+C−1 of every slot, lets each token attend
       to all cached positions up to its own, returns the logits at chunk index `last`.
+      Chunk tokens after `last`, and positions past the end of the cache, are not written.
+    resize_cache(cache, length) → a cache of positions 0 … length − 1: shortened, or with empty
+      positions added. None: a cache keeps the length it was made with.
     """
 
     apply_fn: Callable[..., Any]
     init_cache: Callable[..., Any]
     decode_fn: Callable[..., Any]
+    resize_cache: Callable[..., Any] | None = None
