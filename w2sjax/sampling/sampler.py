@@ -1,0 +1,322 @@
+"""Batched token sampling with a KV cache, pure and jitted; a slot holds one running episode.
+
+A turn appends a chunk of given tokens (the prompt, or the next observation) to each slot's context
+and samples an answer: until a stop token, `max_new_tokens`, or the end of the context. A slot keeps
+its cache from turn to turn, so no token is ever computed twice.
+
+What is in a slot's context after a turn: every chunk token and every sampled token, stop token
+included. (The last sampled token is only known, not yet computed: it stands in `SlotState.pending`
+and enters the cache in front of the next chunk. Callers need not care.) An answer without a stop
+token leaves the context as it is: the caller may append whatever comes next, an end-of-turn token
+first.
+
+The token at step j of a turn is drawn with `fold_in(keys[slot], j)` from that slot's logits alone:
+an episode depends neither on its slot nor on its neighbours nor on how many slots there are, beyond
+float rounding of the logits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from w2sjax.types import Policy
+
+_MIN_CACHE_LENGTH = 128  # caches grow in powers of two from here, so that few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerSettings:
+    """What a sampler does at each turn.
+
+    Attributes:
+      max_length: longest context of a slot, in tokens, prompt and answers together.
+      max_new_tokens: most tokens sampled in one turn, stop token included.
+      stop_ids: tokens that end an answer; they belong to it.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_p: draw only from the smallest set of most likely tokens (after temperature) whose
+        probabilities sum to at least this (arXiv 1904.09751); 1 draws from all.
+    """
+
+    max_length: int
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_ids", tuple(int(token) for token in self.stop_ids))
+        for field in ("max_length", "max_new_tokens"):
+            if getattr(self, field) < 1:
+                raise ValueError(
+                    f"SamplerSettings.{field} must be >= 1, got {getattr(self, field)}"
+                )
+        if not self.stop_ids:
+            raise ValueError("SamplerSettings.stop_ids is empty: no answer could ever end")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"SamplerSettings.temperature must be >= 0, got {self.temperature}")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"SamplerSettings.top_p must be in (0, 1], got {self.top_p}")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("cache", "length", "pending"),
+    meta_fields=("cache_length",),
+)
+@dataclasses.dataclass(frozen=True)
+class SlotState:
+    """All slots between two turns; `turn` consumes it (its buffers are donated)."""
+
+    cache: Any  # the policy's cache
+    length: chex.Array  # int32 [S], tokens in the context, a pending one included
+    pending: chex.Array  # int32 [S], last sampled token, not yet in the cache; −1 for none
+    cache_length: int  # positions that `cache` holds at present
+
+
+@chex.dataclass(frozen=True)
+class TurnResult:
+    """What was sampled in one turn; idle slots have length 0 and all flags False."""
+
+    tokens: chex.Array  # int32 [S, max_new_tokens], 0 at and past `length`
+    length: chex.Array  # int32 [S], sampled tokens, stop token included
+    logp: chex.Array  # float32 [S], nats: sum of log-probabilities without temperature and top-p
+    truncated: chex.Array  # bool [S], the answer ended without a stop token
+    full: chex.Array  # bool [S], it did so because the context is full, or the chunk did not fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """`init` makes an empty state, `turn` plays one turn in all slots; see `make_sampler`."""
+
+    settings: SamplerSettings
+    num_slots: int
+    init: Callable[[], SlotState]
+    turn: Callable[..., tuple[SlotState, TurnResult]]
+
+
+def _nucleus(logits: chex.Array, top_p: float) -> chex.Array:
+    """Masks all but the smallest most likely set with at least `top_p` of the mass.
+
+    The set is {p >= t} for the largest t that leaves enough mass. Float bits of non-negative
+    numbers sort like integers, so bisection over 31 bits finds that t exactly and without sorting
+    the vocabulary. Tokens as likely as the last one kept are kept too.
+
+    Args:
+      logits: float32 [S, V].
+      top_p: in (0, 1).
+
+    Returns:
+      float32 [S, V], −inf on what is left out.
+    """
+    probs = jax.nn.softmax(logits, axis=-1)
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+
+    def halve(i: chex.Array, threshold: chex.Array) -> chex.Array:
+        trial = threshold | (jnp.int32(1) << (30 - i))
+        mass = jnp.where(bits >= trial[:, None], probs, 0.0).sum(axis=-1)
+        return jnp.where(mass >= top_p, trial, threshold)
+
+    threshold = jax.lax.fori_loop(0, 31, halve, jnp.zeros(logits.shape[0], jnp.int32))
+    return jnp.where(bits >= threshold[:, None], logits, -jnp.inf)
+
+
+def _draw(
+    logits: chex.Array, keys: chex.PRNGKey, step: chex.Array, settings: SamplerSettings
+) -> tuple[chex.Array, chex.Array]:
+    """Draws one token per slot: (tokens int32 [S], untempered log-probabilities float32 [S])."""
+    if settings.temperature == 0.0:
+        tokens = jnp.argmax(logits, axis=-1)
+    else:
+        tempered = logits / settings.temperature
+        if settings.top_p < 1.0:
+            tempered = _nucleus(tempered, settings.top_p)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+        tokens = jax.vmap(jax.random.categorical)(step_keys, tempered)
+    tokens = tokens.astype(jnp.int32)
+    logp = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=1)
+    return tokens, logp[:, 0]
+
+
+@chex.dataclass(frozen=True)
+class _Progress:
+    """The decode loop's carry, apart from the cache."""
+
+    step: chex.Array  # int32 [], tokens drawn so far by slots that are still going
+    going: chex.Array  # bool [S]
+    last: chex.Array  # int32 [S], token drawn last
+    context: chex.Array  # int32 [S], tokens in the context
+    result: TurnResult
+
+
+def make_sampler(policy: Policy, settings: SamplerSettings, *, num_slots: int) -> Sampler:
+    """Builds the jitted sampler of a policy.
+
+    `Sampler.turn(params, state, chunk, chunk_length, reset, keys)` takes
+      params: the policy's parameters,
+      state: the `SlotState` of the turn before; it is donated,
+      chunk: int32 [S, C], tokens to append to each slot's context, padded at the end with any token
+        (let C be one of few sizes: each is compiled once per cache length),
+      chunk_length: int32 [S], how many of them count; 0 leaves the slot idle this turn,
+      reset: bool [S], the slot starts a new episode: its context is emptied first,
+      keys: PRNG keys [S], one per slot and turn
+    and returns (state, `TurnResult`). Where a chunk leaves no room for a single sampled token, the
+    slot's turn is not played: nothing is appended (a reset is done), and the result says length 0,
+    truncated and full.
+
+    The cache is no longer than the longest running context needs (a power of two, if the policy can
+    resize it), since decoding is bound by reading it.
+
+    Args:
+      policy: the model as plain functions.
+      settings: lengths, stop tokens, and how to draw.
+      num_slots: episodes that run side by side (S).
+
+    Returns:
+      The `Sampler`.
+
+    Raises:
+      ValueError: `num_slots` < 1; in `turn`, an argument of a wrong shape (the message names it).
+    """
+    if num_slots < 1:
+        raise ValueError(f"num_slots must be >= 1, got {num_slots}")
+    stop_ids = np.asarray(settings.stop_ids, np.int32)
+    shortest = settings.max_length if policy.resize_cache is None else _MIN_CACHE_LENGTH
+
+    def advance(progress: _Progress, logits: chex.Array, keys: chex.PRNGKey) -> _Progress:
+        """Draws the next token of every slot that is still going."""
+        going, before = progress.going, progress.result
+        drawn, logp = _draw(logits, keys, progress.step, settings)
+        context = progress.context + going
+        stopped = going & (drawn[:, None] == stop_ids).any(axis=-1)
+        full = going & ~stopped & (context >= settings.max_length)
+        goes_on = going & ~stopped & ~full & (progress.step + 1 < settings.max_new_tokens)
+        result = TurnResult(
+            tokens=before.tokens.at[:, progress.step].set(jnp.where(going, drawn, 0)),
+            length=before.length + going,
+            logp=before.logp + jnp.where(going, logp, 0.0),
+            truncated=before.truncated | (going & ~stopped & ~goes_on),
+            full=before.full | full,
+        )
+        return _Progress(
+            step=progress.step + 1,
+            going=goes_on,
+            last=jnp.where(going, drawn, progress.last),
+            context=context,
+            result=result,
+        )
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def append(params, cache, length, pending, chunk, chunk_length, reset):
+        """Writes the pending token and the chunk; returns the logits after them."""
+        length = jnp.where(reset, 0, length)
+        pending = jnp.where(reset, -1, pending)
+        wanted = chunk_length > 0
+        played = wanted & (length + chunk_length < settings.max_length)
+        has_pending = pending >= 0
+        zero = jnp.zeros_like(chunk[:, :1])
+        tokens = jnp.where(
+            has_pending[:, None],
+            jnp.concatenate([jnp.maximum(pending, 0)[:, None], chunk], axis=1),
+            jnp.concatenate([chunk, zero], axis=1),
+        )
+        last = jnp.where(played, chunk_length + has_pending - 1, -1)
+        logits, cache = policy.decode_fn(params, cache, tokens, length - has_pending, last)
+        length = length + jnp.where(played, chunk_length, 0)
+        return cache, logits, length, pending, played, wanted & ~played
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def answer(params, cache, logits, length, pending, played, refused, keys):
+        """Samples until every slot that plays is done."""
+        empty = TurnResult(
+            tokens=jnp.zeros((num_slots, settings.max_new_tokens), jnp.int32),
+            length=jnp.zeros(num_slots, jnp.int32),
+            logp=jnp.zeros(num_slots, jnp.float32),
+            truncated=refused,
+            full=refused,
+        )
+        progress = _Progress(
+            step=jnp.int32(0), going=played, last=pending, context=length, result=empty
+        )
+        progress = advance(progress, logits, keys)
+
+        def feed(carry):
+            progress, cache = carry
+            last = jnp.where(progress.going, 0, -1)
+            tokens = jnp.maximum(progress.last, 0)[:, None]
+            logits, cache = policy.decode_fn(params, cache, tokens, progress.context - 1, last)
+            return advance(progress, logits, keys), cache
+
+        progress, cache = jax.lax.while_loop(
+            lambda carry: carry[0].going.any(), feed, (progress, cache)
+        )
+        return cache, progress.context, progress.last, progress.result
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def resize(cache, length):
+        return policy.resize_cache(cache, length)
+
+    def bucket(length: int) -> int:
+        size = shortest
+        while size < length:
+            size *= 2
+        return min(size, settings.max_length)
+
+    def init() -> SlotState:
+        cache_length = bucket(1)
+        return SlotState(
+            cache=policy.init_cache(num_slots, cache_length),
+            length=jnp.zeros(num_slots, jnp.int32),
+            pending=jnp.full(num_slots, -1, jnp.int32),
+            cache_length=cache_length,
+        )
+
+    def turn(params, state, chunk, chunk_length, reset, keys) -> tuple[SlotState, TurnResult]:
+        chunk, chunk_length, reset = (
+            np.asarray(chunk, np.int32),
+            np.asarray(chunk_length, np.int32),
+            np.asarray(reset, bool),
+        )
+        _check_turn(num_slots, chunk, chunk_length, reset, keys)
+        kept = np.where(reset, 0, np.asarray(state.length))
+        fits = (chunk_length > 0) & (kept + chunk_length < settings.max_length)
+        needed = kept + np.where(fits, chunk_length + settings.max_new_tokens, 0)
+        cache, cache_length = state.cache, bucket(int(needed.max()))
+        if cache_length != state.cache_length:
+            cache = resize(cache, cache_length)
+        cache, logits, length, pending, played, refused = append(
+            params, cache, state.length, state.pending, chunk, chunk_length, reset
+        )
+        cache, length, pending, result = answer(
+            params, cache, logits, length, pending, played, refused, keys
+        )
+        return SlotState(cache, length, pending, cache_length), result
+
+    return Sampler(settings=settings, num_slots=num_slots, init=init, turn=turn)
+
+
+def _check_turn(
+    num_slots: int, chunk: np.ndarray, chunk_length: np.ndarray, reset: np.ndarray, keys: Any
+) -> None:
+    """Raises ValueError where an argument of `turn` has a wrong shape or an impossible length."""
+    if chunk.ndim != 2 or chunk.shape[0] != num_slots or chunk.shape[1] < 1:
+        raise ValueError(f"turn: chunk must be int32 [{num_slots}, C >= 1], got {chunk.shape}")
+    for name, array in (("chunk_length", chunk_length), ("reset", reset)):
+        if array.shape != (num_slots,):
+            raise ValueError(f"turn: {name} must have shape ({num_slots},), got {array.shape}")
+    if keys.shape[0] != num_slots:
+        raise ValueError(f"turn: keys must be one per slot, {num_slots}, got shape {keys.shape}")
+    wrong = np.flatnonzero((chunk_length < 0) | (chunk_length > chunk.shape[1]))
+    if wrong.size:
+        slot = int(wrong[0])
+        raise ValueError(
+            f"turn: chunk_length[{slot}] = {chunk_length[slot]} is not within 0 … "
+            f"{chunk.shape[1]}, the width of chunk"
+        )
