@@ -1,7 +1,7 @@
 """The protocol that every environment follows, and the registry of their names.
 
-An environment is a plain Python object with one task at a time. It counts nothing and parses nothing: step
-limits are counted by whoever plays, and `step` takes an action, not a model's answer.
+An environment is a plain Python object with one task at a time. It counts nothing and parses
+nothing: step limits are counted by whoever plays, and `step` takes an action, not a model's answer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Env(Protocol):
 
     Attributes:
       name: the registered name.
-      instruction: one short text that tells an agent what it can say; the system message of every episode.
+      instruction: one short text that tells an agent what it can say; the system message of every
+        episode.
       max_steps: step limit of the task that was reset last.
     """
 
@@ -37,11 +38,14 @@ class Env(Protocol):
     max_steps: int
 
     def task_ids(self, split: str, count: int | None = None) -> Sequence[str]:
-        """The first `count` task ids of a split (all, where None and the split is finite), in a fixed order
-        that is shuffled once and for all, so that any prefix is a fair sample of the split.
+        """The first `count` task ids of a split (all, where None and the split is finite).
+
+        They come in a fixed order that is shuffled once and for all, so that any prefix is a fair
+        sample of the split.
 
         Raises:
-          ValueError: unknown split, or fewer than `count` tasks in it; the message names both numbers.
+          ValueError: unknown split, or fewer than `count` tasks in it; the message names both
+            numbers.
         """
 
     def reset(self, task_id: str) -> str:
@@ -54,7 +58,7 @@ class Env(Protocol):
         """Actions that mean something now, sorted."""
 
     def expert_action(self) -> str:
-        """The expert's next action in the current state, also after actions that were not the expert's."""
+        """The expert's next action in the current state, also after actions of others."""
 
     def close(self) -> None:
         """Frees what the environment holds; may be called twice."""

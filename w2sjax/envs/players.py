@@ -1,6 +1,7 @@
 """Whole episodes played by an environment's own expert, with as many random steps as wanted.
 
-With rate 0 these are expert demonstrations; rates between 0 and 1 give players of mixed skill, rate 1 random play.
+With rate 0 these are expert demonstrations; rates between 0 and 1 give players of mixed skill, rate
+1 random play.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from w2sjax.types import Status
 class PlayedEpisode:
     """What was said and seen in one episode: pure text, no chat format.
 
-    `actions`, `observations` (what followed each action) and `scores` (the score after each action, in [0, 1])
-    have one entry per step.
+    `actions`, `observations` (what followed each action) and `scores` (the score after each action,
+    in [0, 1]) have one entry per step.
     """
 
     task_id: str
@@ -37,8 +38,8 @@ def play(env: Env, task_id: str, *, random_action_rate: float, seed: int) -> Pla
     Args:
       env: any environment; its current task is given up.
       task_id: the task to play.
-      random_action_rate: at each step the probability, in [0, 1], of a uniformly drawn admissible action instead of
-        the expert's. Where nothing is admissible the expert is asked.
+      random_action_rate: at each step the probability, in [0, 1], of a uniformly drawn admissible
+        action instead of the expert's. Where nothing is admissible the expert is asked.
       seed: the episode is a function of the task, the rate and the seed.
 
     Returns:
