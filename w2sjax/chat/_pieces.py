@@ -1,5 +1,4 @@
-"""How a chat template is taken apart, and how control text and plain text become ids side by
-side."""
+"""Takes chat templates apart; makes ids of control text and plain text side by side."""
 
 from __future__ import annotations
 
@@ -92,13 +91,14 @@ def _learn(
     if system_role:
         order.insert(0, TextSlot.INSTRUCTION)
     first = 2 if system_role else 1
+    template = _freeze_date(tokenizer.get_chat_template(), date)
 
     def render(count: int, contents: Sequence[str]) -> str:
         messages = [
             {"role": _ROLES[slot], "content": content}
             for slot, content in zip(order[:count], contents, strict=False)
         ]
-        return _render(tokenizer, messages, date)
+        return _render(tokenizer, template, messages)
 
     markers = [f"{slot.value}{index}z" for index, slot in enumerate(order)]
     start, middle, whole = (render(count, markers) for count in (first, first + 2, first + 4))
@@ -135,16 +135,24 @@ def _learn(
     return Structure(head, turn, strips, system_role, controls)
 
 
+def _freeze_date(template: str, date: datetime.date) -> str:
+    """The template with the clock that Hugging Face gives it replaced by a date."""
+    if "strftime_now" not in template:
+        return template
+    replaced = "".join(
+        f" | replace('%{code}', '{date.strftime('%' + code)}')" for code in "aAbBdmyYjUwWHIpMSxXcZ"
+    )
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}{template}"
+
+
 def _render(
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
-    date: datetime.date,
+    tokenizer: transformers.PreTrainedTokenizerBase, template: str, messages: list[dict[str, str]]
 ) -> str:
     import jinja2
 
     try:
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, strftime_now=date.strftime
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
     except (jinja2.TemplateError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
@@ -211,10 +219,10 @@ class PieceTokenizer:
         )
 
     def compile(self, raw: RawPieces) -> Pieces:
-        """Turns control text into ids; text before the first and after the last control token stays
-        text.
+        """Turns a segment's control text into ids.
 
-        That text is tokenised together with its neighbours, as it is in a whole rendering.
+        What stands before its first or after its last control token stays text: it is tokenised
+        together with its neighbours, as it is in a whole rendering.
         """
         pieces: list[Piece] = []
         for piece in raw:
@@ -282,8 +290,6 @@ class PieceTokenizer:
             if token_id != unk_token_id and token_id in found:
                 raise ValueError(
                     f"tokenizer: the text {content!r} becomes the control token {token_id} even "
-                    f"with special "
-                    "tokens switched off, so an observation could end a turn; use a tokenizer "
-                    "whose model "
-                    "does not make its special tokens of plain text"
+                    "with special tokens switched off, so an observation could end a turn; use a "
+                    "tokenizer whose model does not make its special tokens of plain text"
                 )

@@ -68,5 +68,6 @@ def parse_answer(text: str) -> Answer:
     line = after.replace("\r", "\n").partition("\n")[0].strip()
     _, thought_mark, thought = before.partition(THOUGHT_MARK)
     return Answer(
-        thought=thought.strip() if thought_mark else None, action=line if mark and line else None
+        thought=thought.strip() if mark and thought_mark else None,
+        action=line if mark and line else None,
     )
