@@ -1,0 +1,46 @@
+"""Weighted maximum likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import chex
+import jax.numpy as jnp
+
+from w2sjax.losses.logps import LossOutput, Mean, Total
+from w2sjax.types import PackedBatch
+
+
+def sft_loss(
+    per_token_logps: chex.Array,
+    batch: PackedBatch,
+    extras: Mapping[str, chex.Array] | None = None,
+) -> LossOutput:
+    """Negative log-likelihood of the learned tokens, each times its weight, over the sum of
+    weights.
+
+    Multiplicities (a sequence that stands for several) and importances (exp(advantage / β) in
+    advantage-weighted regression, Peng et al. 2019) are weights. A token of weight 0 might as well
+    not be there.
+
+    Args:
+      per_token_logps: float32 [S, L], in nats.
+      batch: the tokens they belong to.
+      extras: not read; every loss has this argument.
+
+    Returns:
+      loss_sum Σ w·nll; denominator Σ w; metrics `nll` (mean over learned tokens, each counted once)
+      and `tokens` (their number).
+    """
+    del extras
+    weight = batch.loss_weight
+    chex.assert_rank(per_token_logps, 2)
+    chex.assert_equal_shape([per_token_logps, weight])
+    learned = weight != 0
+    nll = jnp.where(learned, -per_token_logps, 0.0)
+    count = jnp.sum(learned, dtype=jnp.float32)
+    return LossOutput(
+        loss_sum=jnp.sum(nll * weight),
+        denominator=jnp.sum(weight),
+        metrics={"nll": Mean(jnp.sum(nll), count), "tokens": Total(count)},
+    )

@@ -1,0 +1,162 @@
+"""Optimizers and schedules of optax by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+_NEVER_DECAYED = ("bias", "scale")  # leaf names; they stay undecayed when layers are stacked
+
+
+def _adafactor(**options) -> optax.GradientTransformation:
+    # Without a learning rate optax's adafactor gives what to add; the others, what to subtract.
+    return optax.chain(optax.adafactor(learning_rate=None, **options), optax.scale(-1.0))
+
+
+def _sgd(momentum: float = 0.0) -> optax.GradientTransformation:
+    return optax.trace(momentum) if momentum else optax.identity()
+
+
+# name → what turns gradients into a direction, before weight decay and learning rate
+_DIRECTIONS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adafactor": _adafactor,
+    "adam": optax.scale_by_adam,
+    "adamw": optax.scale_by_adam,
+    "lion": optax.scale_by_lion,
+    "sgd": _sgd,
+}
+_SCHEDULES = ("constant", "linear", "cosine")
+
+
+def make_schedule(
+    schedule: str,
+    *,
+    learning_rate: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    final_fraction: float = 0.0,
+) -> optax.Schedule:
+    """Learning rate as a function of the number of updates made.
+
+    Linear warm-up, learning_rate · (t + 1) / (warmup_steps + 1), then `constant`, or from the peak
+    to `final_fraction` of it at `total_steps`, in a straight line (`linear`) or half a cosine
+    (`cosine`, Loshchilov and Hutter 2017).
+
+    Args:
+      schedule: the name.
+      learning_rate: the peak.
+      total_steps: length of training in updates.
+      warmup_steps: updates below the peak, 0 ≤ warmup_steps < total_steps.
+      final_fraction: in [0, 1]; not used by `constant`.
+
+    Returns:
+      An optax schedule.
+
+    Raises:
+      ValueError: on an unknown name or impossible numbers.
+    """
+    if schedule not in _SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}; got {schedule!r}.")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be above 0; got {learning_rate}.")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"warmup_steps must be in [0, total_steps); got {warmup_steps} of {total_steps}."
+        )
+    if not 0 <= final_fraction <= 1:
+        raise ValueError(f"final_fraction must be in [0, 1]; got {final_fraction}.")
+    decay_steps = total_steps - warmup_steps
+    if schedule == "constant":
+        decay = optax.constant_schedule(learning_rate)
+    elif schedule == "linear":
+        decay = optax.linear_schedule(learning_rate, learning_rate * final_fraction, decay_steps)
+    else:
+        decay = optax.cosine_decay_schedule(learning_rate, decay_steps, final_fraction)
+    if not warmup_steps:
+        return decay
+    warmup = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def decay_mask(params: Any) -> Any:
+    """True where weight decay applies: on matrices, not on vectors, nor on leaves called `bias` or
+    `scale`.
+
+    Args:
+      params: pytree of arrays.
+
+    Returns:
+      The same tree of booleans.
+    """
+
+    def decayed(path, leaf) -> bool:
+        name = jax.tree_util.keystr(path[-1:], simple=True) if path else ""
+        return jnp.ndim(leaf) >= 2 and name not in _NEVER_DECAYED
+
+    return jax.tree_util.tree_map_with_path(decayed, params)
+
+
+def make_optimizer(
+    name: str,
+    *,
+    learning_rate: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    schedule: str = "cosine",
+    final_fraction: float = 0.0,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = None,
+    **options: float,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer: clip, direction, decoupled weight decay, learning rate, in this order.
+
+    The learning rate of the last update stays readable in the state (`optax.inject_hyperparams`),
+    which is where the train step's metric `learning_rate` comes from.
+
+    Args:
+      name: adamw, adam, lion, sgd or adafactor.
+      learning_rate, total_steps, warmup_steps, schedule, final_fraction: as in `make_schedule`.
+      weight_decay: each update subtracts learning_rate · weight_decay · parameter where
+        `decay_mask` says so.
+      clip_norm: gradients are scaled down to this global norm; None leaves them.
+      **options: of the direction in optax, such as b1, b2, eps (adam, adamw, lion), momentum (sgd),
+        or adafactor's.
+
+    Returns:
+      An optax transformation.
+
+    Raises:
+      ValueError: on an unknown name or impossible numbers, or weight decay with `adam` (say adamw).
+      TypeError: on an option that the optimizer does not have.
+    """
+    if name not in _DIRECTIONS:
+        raise ValueError(f"optimizer must be one of {', '.join(_DIRECTIONS)}; got {name!r}.")
+    if weight_decay < 0 or (weight_decay and name == "adam"):
+        raise ValueError(
+            f"weight_decay must be 0 for adam (adamw has it) and not negative; got {weight_decay}."
+        )
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be above 0, or None; got {clip_norm}.")
+    rate = make_schedule(
+        schedule,
+        learning_rate=learning_rate,
+        total_steps=total_steps,
+        warmup_steps=warmup_steps,
+        final_fraction=final_fraction,
+    )
+    direction = _DIRECTIONS[name](**options)
+
+    def build(learning_rate):
+        parts = [direction]
+        if clip_norm is not None:
+            parts.insert(0, optax.clip_by_global_norm(clip_norm))
+        if weight_decay:
+            parts.append(optax.add_decayed_weights(weight_decay, decay_mask))
+        parts.append(optax.scale_by_learning_rate(learning_rate))
+        return optax.chain(*parts)
+
+    return optax.inject_hyperparams(build, hyperparam_dtype=jnp.float32)(learning_rate=rate)

@@ -1,0 +1,110 @@
+"""What training changes, as one pytree, born on the devices where it will live."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_ROW_AXES = ("data", "fsdp")
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+    """Parameters, the optimizer's state, and the number of updates made."""
+
+    params: Any  # pytree of arrays
+    opt_state: Any  # what the optax transformation keeps
+    step: chex.Array  # int32 [], updates made so far
+
+
+def init_state(
+    params: Any,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    param_shardings: Any | None = None,
+) -> TrainState:
+    """A training state at step 0.
+
+    Args:
+      params: pytree of arrays. They are copied: a train step consumes its state, and the caller's
+        arrays (a reference policy, the start of the next run) stay as they are.
+      tx: the optimizer.
+      mesh: the devices; by default the first one alone.
+      param_shardings: a NamedSharding for every parameter; by default each device holds all of
+        them.
+
+    Returns:
+      TrainState. Optimizer arrays that have the shape of their parameter are sharded like it, all
+      others are on every device.
+    """
+    mesh = mesh if mesh is not None else single_device_mesh()
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    if param_shardings is None:
+        param_shardings = jax.tree.map(lambda _: everywhere, params)
+    abstract_opt_state = jax.eval_shape(tx.init, params)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        tx,
+        lambda leaf, param, sharding: sharding if leaf.shape == param.shape else everywhere,
+        abstract_opt_state,
+        params,
+        param_shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+
+    def init(params):
+        return TrainState(
+            params=jax.tree.map(jnp.copy, params),
+            opt_state=tx.init(params),
+            step=jnp.zeros((), jnp.int32),
+        )
+
+    out_shardings = TrainState(params=param_shardings, opt_state=opt_shardings, step=everywhere)
+    return jax.jit(init, out_shardings=out_shardings)(jax.device_put(params, param_shardings))
+
+
+def single_device_mesh() -> Mesh:
+    """A mesh of one device, with the axis name `data`."""
+    return jax.make_mesh(
+        (1,), ("data",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,)
+    )
+
+
+def row_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
+    """How the rows of a batch are split: over the mesh's axes `data` and `fsdp`, as far as it has
+    them.
+
+    Args:
+      mesh: the devices.
+      stacked: the arrays are [K, S, L] rather than [S, L].
+
+    Returns:
+      The sharding.
+    """
+    axes = tuple(name for name in _ROW_AXES if name in mesh.axis_names)
+    rows = axes if axes else None
+    return NamedSharding(mesh, PartitionSpec(None, rows) if stacked else PartitionSpec(rows))
+
+
+def check_rows(num_rows: int, mesh: Mesh) -> None:
+    """Checks that a batch divides over the mesh.
+
+    Args:
+      num_rows: S.
+      mesh: the devices.
+
+    Raises:
+      ValueError: if it does not.
+    """
+    parts = math.prod(mesh.shape[name] for name in _ROW_AXES if name in mesh.axis_names)
+    if num_rows % parts:
+        raise ValueError(
+            f"{num_rows} rows do not divide over the {parts} devices that the mesh "
+            f"{dict(mesh.shape)} splits rows over: make the row count a multiple of {parts}."
+        )

@@ -1,0 +1,173 @@
+"""One update: jitted, sharded, blind to the model's insides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from w2sjax.losses import LossFn, Mean, per_token_logps
+from w2sjax.train.state import TrainState, check_rows, row_sharding, single_device_mesh
+from w2sjax.types import PackedBatch
+
+Metrics = dict[str, chex.Array]  # float32 [] each
+
+
+class TrainStep:
+    """`step(state, batch, extras) → (state, metrics)`; the state is consumed (its buffers are
+    donated).
+
+    Shardings are taken from the first state it sees and kept. Pure: one object serves any number of
+    runs, and compiles once per shape.
+    """
+
+    def __init__(
+        self,
+        apply_fn: Callable[..., chex.Array],
+        loss_fn: LossFn,
+        tx: optax.GradientTransformation,
+        *,
+        mesh: Mesh | None = None,
+        accumulate: int = 1,
+    ):
+        if accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1; got {accumulate}.")
+        self._apply_fn = apply_fn
+        self._loss_fn = loss_fn
+        self._tx = tx
+        self._mesh = mesh if mesh is not None else single_device_mesh()
+        self._accumulate = accumulate
+        self._jitted: Callable[..., tuple[TrainState, Metrics]] | None = None
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: PackedBatch,
+        extras: Mapping[str, chex.Array] | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        """Makes one update.
+
+        Args:
+          state: from `init_state`; not to be used afterwards.
+          batch: arrays [S, L], or [K, S, L] with accumulate = K > 1. S must divide over the mesh's
+            batch axes.
+          extras: arrays [P], or [K, P], that the loss reads.
+
+        Returns:
+          The next state, and metrics: `loss`, `grad_norm` (before clipping), `learning_rate` (where
+            the optimizer
+          tells), and the loss's own.
+
+        Raises:
+          ValueError: where the batch's shape does not go with `accumulate` or the mesh.
+        """
+        self._check(batch)
+        rows = row_sharding(self._mesh, stacked=self._accumulate > 1)
+        if self._jitted is None:
+            everywhere = NamedSharding(self._mesh, PartitionSpec())
+            state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+            self._jitted = jax.jit(
+                self._update,
+                in_shardings=(state_shardings, rows, everywhere),
+                out_shardings=(state_shardings, everywhere),
+                donate_argnums=0,
+            )
+        return self._jitted(state, batch, dict(extras or {}))
+
+    def _check(self, batch: PackedBatch) -> None:
+        shape = batch.tokens.shape
+        if self._accumulate == 1:
+            wanted, fits = "[S, L] (accumulate = 1)", len(shape) == 2
+        else:
+            wanted = f"[{self._accumulate}, S, L] (accumulate = {self._accumulate})"
+            fits = len(shape) == 3 and shape[0] == self._accumulate
+        if not fits:
+            raise ValueError(
+                f"the batch's tokens must be {wanted}; got {list(shape)}. "
+                "Give the loader micro_batches = accumulate."
+            )
+        check_rows(shape[-2], self._mesh)
+
+    def _update(self, state: TrainState, batch: PackedBatch, extras) -> tuple[TrainState, Metrics]:
+        grads, sums = self._gradients(state.params, batch, extras)
+        loss_sum, denominator, loss_metrics = sums
+        grads = jax.tree.map(lambda grad: (grad / denominator).astype(grad.dtype), grads)
+        metrics = {
+            name: value.total / value.weight if isinstance(value, Mean) else value.total
+            for name, value in loss_metrics.items()
+        }
+        metrics["loss"] = loss_sum / denominator
+        metrics["grad_norm"] = optax.tree_utils.tree_norm(grads)
+        grads = jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, state.params)
+        updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
+        rate = _learning_rate(opt_state)
+        if rate is not None:
+            metrics["learning_rate"] = rate
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params=params, opt_state=opt_state, step=state.step + 1), metrics
+
+    def _gradients(self, params, batch: PackedBatch, extras):
+        """Gradient of the loss sum (float32 at least) and the sums, over all micro-batches."""
+
+        def summed(params, batch, extras):
+            logits = self._apply_fn(
+                params, batch.tokens, positions=batch.positions, subtree_end=batch.subtree_end
+            )
+            logps = per_token_logps(logits, batch.tokens, batch.predecessor)
+            output = self._loss_fn(logps, batch, extras)
+            return output.loss_sum, tuple(output)
+
+        def one(batch, extras):
+            grads, sums = jax.grad(summed, has_aux=True)(params, batch, extras)
+            wide = jax.tree.map(
+                lambda grad: grad.astype(jnp.promote_types(grad.dtype, jnp.float32)), grads
+            )
+            return wide, sums
+
+        if self._accumulate == 1:
+            return one(batch, extras)
+        first = jax.tree.map(lambda leaf: leaf[0], (batch, extras))
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, *first)
+        )
+        total, _ = jax.lax.scan(
+            lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None),
+            zeros,
+            (batch, extras),
+        )
+        return total
+
+
+def make_train_step(
+    apply_fn: Callable[..., chex.Array],
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    accumulate: int = 1,
+) -> TrainStep:
+    """The update of a training run.
+
+    Args:
+      apply_fn: (params, tokens, *, positions, subtree_end) → logits [S, L, V], as in
+        `types.Policy`.
+      loss_fn: (per_token_logps, batch, extras) → `losses.LossOutput`.
+      tx: the optimizer.
+      mesh: where it runs; rows of a batch are split over its batch axes. By default one device.
+      accumulate: K micro-batches per update; gradients are those of the one big batch.
+
+    Returns:
+      A `TrainStep`.
+    """
+    return TrainStep(apply_fn, loss_fn, tx, mesh=mesh, accumulate=accumulate)
+
+
+def _learning_rate(opt_state) -> chex.Array | None:
+    """What `optax.inject_hyperparams` noted in the state; None where the optimizer does not say."""
+    return optax.tree_utils.tree_get(
+        opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
+    )
