@@ -72,49 +72,65 @@ def cache_mask(position: chex.Array, cache_length: int) -> chex.Array:
 def attend(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
     """Softmax attention with grouped queries; keys and values are never repeated per query head.
 
-    The softmax runs in float32. A query that may see no key at all gets zeros, not NaN, and takes
-    nothing from any value.
+    Scores are scaled by `E ** -0.5`; the softmax runs in float32. A query that may see no key at
+    all gets zeros, not NaN, and takes nothing from any value. Keys come transposed and the queries
+    of a group are one matrix: in that layout XLA on CPU runs both products fastest, and without a
+    copy of the cache.
 
     Args:
-      query: float [S, L, K, G, E], already scaled or not: scaling by `E ** -0.5` happens here.
-      key: float [S, K, M, E].
+      query: float [S, L, H, E].
+      key: float [S, K, E, M]; query head `h` reads key/value head `h // (H / K)`.
       value: float [S, K, M, E].
       mask: bool [S, L, M], True where the query may attend to the key.
 
     Returns:
-      float [S, L, K, G, E] in the dtype of `value`.
+      float [S, L, H, E] in the dtype of `value`.
     """
-    chex.assert_rank([query, key, value, mask], [5, 4, 4, 3])
-    scale = query.shape[-1] ** -0.5
-    visible = mask[:, None, None]  # [S, 1, 1, L, M]
-    scores = jnp.einsum("slkge,skme->skglm", query * scale, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible, scores, _MASKED)
+    rows, length, heads, width = query.shape
+    groups, keys = value.shape[1], value.shape[2]
+    chex.assert_shape(key, (rows, groups, width, keys))
+    chex.assert_shape(value, (rows, groups, keys, width))
+    chex.assert_shape(mask, (rows, length, keys))
+    query = jnp.swapaxes(query * width**-0.5, 1, 2).reshape(rows, groups, -1, width)
+    scores = jnp.matmul(query, key, preferred_element_type=jnp.float32)  # [S, K, G * L, M]
+    scores = scores.reshape(rows, groups, -1, length, keys)
+    scores = jnp.where(mask[:, None, None], scores, _MASKED)
     peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    unnormalised = jnp.where(visible, jnp.exp(scores - peak), 0.0)
-    total = unnormalised.sum(axis=-1, keepdims=True)
-    weights = unnormalised / jnp.where(total > 0.0, total, 1.0)
-    return jnp.einsum("skglm,skme->slkge", weights.astype(value.dtype), value)
+    weights = jnp.exp(scores - peak).reshape(rows, groups, -1, keys)
+    total = weights.sum(axis=-1, keepdims=True)
+    mixed = jnp.matmul(weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    mixed = (mixed / total).reshape(rows, heads, length, width)
+    mixed = jnp.where(mask.any(axis=-1)[:, None, :, None], mixed, 0.0)
+    return jnp.swapaxes(mixed, 1, 2).astype(value.dtype)
 
 
 def write_cache(
-    cache: chex.Array, chunk: chex.Array, position: chex.Array, valid: chex.Array
-) -> chex.Array:
-    """Writes a chunk's keys or values into the cache, in place where the buffer is donated.
+    cache: tuple[chex.Array, chex.Array],
+    key: chex.Array,
+    value: chex.Array,
+    position: chex.Array,
+    valid: chex.Array,
+) -> tuple[chex.Array, chex.Array]:
+    """Writes a chunk's keys and values into the cache, in place where its buffers are donated.
 
     Tokens that are not valid, and positions past the end of the cache, are dropped: nothing is
     clamped onto a position that another token owns.
 
     Args:
-      cache: float [S, K, M, E].
-      chunk: float [S, C, K, E].
+      cache: keys float [S, K, E, M] and values float [S, K, M, E].
+      key: float [S, C, K, E].
+      value: float [S, C, K, E].
       position: int32 [S, C], increasing along C.
       valid: bool [S, C].
 
     Returns:
-      The updated cache, float [S, K, M, E].
+      The updated (keys, values).
     """
-    num_slots, _, cache_length, _ = cache.shape
-    chex.assert_shape([position, valid], chunk.shape[:2])
+    keys, values = cache
+    num_slots, _, cache_length, _ = values.shape
+    chex.assert_shape([position, valid], key.shape[:2])
     slot = jnp.arange(num_slots, dtype=jnp.int32)[:, None]
     index = jnp.where(valid & (position >= 0), position, cache_length)
-    return cache.at[slot, :, index].set(chunk.astype(cache.dtype), mode="drop")
+    keys = keys.at[slot, :, :, index].set(key.astype(keys.dtype), mode="drop")
+    values = values.at[slot, :, index].set(value.astype(values.dtype), mode="drop")
+    return keys, values

@@ -11,6 +11,7 @@ a scan, and every layer has its own path in the parameters (`layers_0/attention/
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -188,15 +189,11 @@ class Attention(nn.Module):
         query = attention.rotary(self.query(x), positions, theta=config.rope_theta)
         key = attention.rotary(self.key(x), positions, theta=config.rope_theta)
         value = self.value(x)
-        query = query.reshape(*x.shape[:2], config.num_kv_heads, -1, config.head_size)
         if cache is None:
-            keys, values = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+            keys, values = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
         else:
-            keys = attention.write_cache(cache[0], key, positions, valid)
-            values = attention.write_cache(cache[1], value, positions, valid)
-            cache = (keys, values)
-        mixed = attention.attend(query, keys, values, mask)
-        return self.output(mixed.reshape(*x.shape[:2], config.num_heads, -1)), cache
+            keys, values = cache = attention.write_cache(cache, key, value, positions, valid)
+        return self.output(attention.attend(query, keys, values, mask)), cache
 
 
 class GatedMLP(nn.Module):
@@ -277,7 +274,7 @@ class Transformer(nn.Module):
         index = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
         positions = start[:, None] + index
         valid = index <= last[:, None]
-        mask = attention.cache_mask(positions, cache[0][0].shape[2])
+        mask = attention.cache_mask(positions, cache[0][1].shape[2])
         x = self.embed(tokens)
         updated = []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
@@ -312,6 +309,7 @@ def init_params(config: ModelConfig, key: chex.PRNGKey) -> chex.ArrayTree:
     return Transformer(config).init(key, rows, rows, rows + 1)["params"]
 
 
+@functools.cache
 def make_apply_fn(config: ModelConfig) -> Callable[..., chex.Array]:
     """The full forward pass as a plain function.
 
@@ -344,17 +342,20 @@ def make_apply_fn(config: ModelConfig) -> Callable[..., chex.Array]:
     return apply_fn
 
 
+@functools.cache
 def make_policy(config: ModelConfig) -> Policy:
     """The model as `w2sjax.types.Policy`: full pass, cache, cached pass.
 
-    The cache is a tuple over layers of (keys, values), each [slots, K, max_length, E] in the
-    compute dtype. `decode_fn(params, cache, tokens [S, C], start [S], last [S])` writes chunk
-    tokens 0 … last at positions start … start + last of their slot (tokens after `last`, and
-    positions past the end of the cache, are not written; `last == -1` writes nothing), lets each
-    token attend to all positions up to its own, and returns (logits float32 [S, V] of chunk token
-    `last`, cache). Its caller keeps positions contiguous: what lies at `start` and later is
-    overwritten before any token can see it. `resize_cache(cache, length)` keeps the first `length`
-    positions, or adds empty ones.
+    The cache is a tuple over layers of keys [slots, K, E, max_length] and values [slots, K,
+    max_length, E] in the compute dtype. `decode_fn(params, cache, tokens [S, C], start [S], last
+    [S])` writes chunk tokens 0 … last at positions start … start + last of their slot (tokens after
+    `last`, and positions past the end of the cache, are not written; `last == -1` writes nothing),
+    lets each token attend to all positions up to its own, and returns (logits float32 [S, V] of
+    chunk token `last`, cache). Its caller keeps positions contiguous: what lies at `start` and
+    later is overwritten before any token can see it. `resize_cache(cache, length)` keeps the first
+    `length` positions, or adds empty ones.
+
+    Equal configs get the same functions, so that whatever is jitted with them is compiled once.
 
     Args:
       config: the model's shape.
@@ -365,9 +366,12 @@ def make_policy(config: ModelConfig) -> Policy:
     model = Transformer(config)
 
     def init_cache(num_slots: int, max_length: int) -> Any:
-        shape = (num_slots, config.num_kv_heads, max_length, config.head_size)
+        lead = (num_slots, config.num_kv_heads)
         return tuple(
-            (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+            (
+                jnp.zeros((*lead, config.head_size, max_length), config.dtype),
+                jnp.zeros((*lead, max_length, config.head_size), config.dtype),
+            )
             for _ in range(config.num_layers)
         )
 
@@ -382,12 +386,19 @@ def make_policy(config: ModelConfig) -> Policy:
         return model.apply({"params": params}, cache, tokens, start, last, method="decode")
 
     def resize_cache(cache: Any, length: int) -> Any:
-        def resize(array: chex.Array) -> chex.Array:
-            missing = length - array.shape[2]
-            if missing <= 0:
-                return array[:, :, :length]
-            return jnp.pad(array, ((0, 0), (0, 0), (0, missing), (0, 0)))
-
-        return jax.tree.map(resize, cache)
+        return tuple(
+            (_resize(keys, length, axis=3), _resize(values, length, axis=2))
+            for keys, values in cache
+        )
 
     return Policy(make_apply_fn(config), init_cache, decode_fn, resize_cache)
+
+
+def _resize(array: chex.Array, length: int, *, axis: int) -> chex.Array:
+    """Cuts the array along an axis, or appends zeros."""
+    missing = length - array.shape[axis]
+    if missing <= 0:
+        return jax.lax.slice_in_dim(array, 0, length, axis=axis)
+    padding = [(0, 0)] * array.ndim
+    padding[axis] = (0, missing)
+    return jnp.pad(array, padding)

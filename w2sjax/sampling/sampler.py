@@ -156,6 +156,104 @@ class _Progress:
     result: TurnResult
 
 
+def _advance(
+    progress: _Progress, logits: chex.Array, keys: chex.PRNGKey, settings: SamplerSettings
+) -> _Progress:
+    """Draws the next token of every slot that is still going."""
+    going, before = progress.going, progress.result
+    drawn, logp = _draw(logits, keys, progress.step, settings)
+    context = progress.context + going
+    stopped = going & (drawn[:, None] == np.asarray(settings.stop_ids, np.int32)).any(axis=-1)
+    full = going & ~stopped & (context >= settings.max_length)
+    goes_on = going & ~stopped & ~full & (progress.step + 1 < settings.max_new_tokens)
+    result = TurnResult(
+        tokens=before.tokens.at[:, progress.step].set(jnp.where(going, drawn, 0)),
+        length=before.length + going,
+        logp=before.logp + jnp.where(going, logp, 0.0),
+        truncated=before.truncated | (going & ~stopped & ~goes_on),
+        full=before.full | full,
+    )
+    return _Progress(
+        step=progress.step + 1,
+        going=goes_on,
+        last=jnp.where(going, drawn, progress.last),
+        context=context,
+        result=result,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "max_length"), donate_argnames="cache")
+def _append(
+    params, cache, length, pending, chunk, chunk_length, reset, *, policy: Policy, max_length: int
+):
+    """Writes each slot's pending token and chunk.
+
+    Returns the cache, the logits [S, V] after what was written, the context's length [S], the
+    pending token [S], and which slots play this turn and which were refused for want of room [S].
+    """
+    length = jnp.where(reset, 0, length)
+    pending = jnp.where(reset, -1, pending)
+    wanted = chunk_length > 0
+    played = wanted & (length + chunk_length < max_length)
+    has_pending = pending >= 0
+    tokens = jnp.where(
+        has_pending[:, None],
+        jnp.concatenate([jnp.maximum(pending, 0)[:, None], chunk], axis=1),
+        jnp.concatenate([chunk, jnp.zeros_like(chunk[:, :1])], axis=1),
+    )
+    last = jnp.where(played, chunk_length + has_pending - 1, -1)
+    logits, cache = policy.decode_fn(params, cache, tokens, length - has_pending, last)
+    length = length + jnp.where(played, chunk_length, 0)
+    return cache, logits, length, pending, played, wanted & ~played
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "settings"), donate_argnames="cache")
+def _answer(
+    params,
+    cache,
+    logits,
+    length,
+    pending,
+    played,
+    refused,
+    keys,
+    *,
+    policy: Policy,
+    settings: SamplerSettings,
+):
+    """Samples until every slot that plays is done: cache, context length, pending, result."""
+    num_slots = length.shape[0]
+    empty = TurnResult(
+        tokens=jnp.zeros((num_slots, settings.max_new_tokens), jnp.int32),
+        length=jnp.zeros(num_slots, jnp.int32),
+        logp=jnp.zeros(num_slots, jnp.float32),
+        truncated=refused,
+        full=refused,
+    )
+    progress = _Progress(
+        step=jnp.int32(0), going=played, last=pending, context=length, result=empty
+    )
+
+    def feed(carry):
+        progress, cache = carry
+        last = jnp.where(progress.going, 0, -1)
+        tokens = jnp.maximum(progress.last, 0)[:, None]
+        logits, cache = policy.decode_fn(params, cache, tokens, progress.context - 1, last)
+        return _advance(progress, logits, keys, settings), cache
+
+    progress, cache = jax.lax.while_loop(
+        lambda carry: carry[0].going.any(),
+        feed,
+        (_advance(progress, logits, keys, settings), cache),
+    )
+    return cache, progress.context, progress.last, progress.result
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "length"))
+def _resize(cache, *, policy: Policy, length: int):
+    return policy.resize_cache(cache, length)
+
+
 def make_sampler(policy: Policy, settings: SamplerSettings, *, num_slots: int) -> Sampler:
     """Builds the jitted sampler of a policy.
 
@@ -187,81 +285,7 @@ def make_sampler(policy: Policy, settings: SamplerSettings, *, num_slots: int) -
     """
     if num_slots < 1:
         raise ValueError(f"num_slots must be >= 1, got {num_slots}")
-    stop_ids = np.asarray(settings.stop_ids, np.int32)
     shortest = settings.max_length if policy.resize_cache is None else _MIN_CACHE_LENGTH
-
-    def advance(progress: _Progress, logits: chex.Array, keys: chex.PRNGKey) -> _Progress:
-        """Draws the next token of every slot that is still going."""
-        going, before = progress.going, progress.result
-        drawn, logp = _draw(logits, keys, progress.step, settings)
-        context = progress.context + going
-        stopped = going & (drawn[:, None] == stop_ids).any(axis=-1)
-        full = going & ~stopped & (context >= settings.max_length)
-        goes_on = going & ~stopped & ~full & (progress.step + 1 < settings.max_new_tokens)
-        result = TurnResult(
-            tokens=before.tokens.at[:, progress.step].set(jnp.where(going, drawn, 0)),
-            length=before.length + going,
-            logp=before.logp + jnp.where(going, logp, 0.0),
-            truncated=before.truncated | (going & ~stopped & ~goes_on),
-            full=before.full | full,
-        )
-        return _Progress(
-            step=progress.step + 1,
-            going=goes_on,
-            last=jnp.where(going, drawn, progress.last),
-            context=context,
-            result=result,
-        )
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def append(params, cache, length, pending, chunk, chunk_length, reset):
-        """Writes the pending token and the chunk; returns the logits after them."""
-        length = jnp.where(reset, 0, length)
-        pending = jnp.where(reset, -1, pending)
-        wanted = chunk_length > 0
-        played = wanted & (length + chunk_length < settings.max_length)
-        has_pending = pending >= 0
-        zero = jnp.zeros_like(chunk[:, :1])
-        tokens = jnp.where(
-            has_pending[:, None],
-            jnp.concatenate([jnp.maximum(pending, 0)[:, None], chunk], axis=1),
-            jnp.concatenate([chunk, zero], axis=1),
-        )
-        last = jnp.where(played, chunk_length + has_pending - 1, -1)
-        logits, cache = policy.decode_fn(params, cache, tokens, length - has_pending, last)
-        length = length + jnp.where(played, chunk_length, 0)
-        return cache, logits, length, pending, played, wanted & ~played
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def answer(params, cache, logits, length, pending, played, refused, keys):
-        """Samples until every slot that plays is done."""
-        empty = TurnResult(
-            tokens=jnp.zeros((num_slots, settings.max_new_tokens), jnp.int32),
-            length=jnp.zeros(num_slots, jnp.int32),
-            logp=jnp.zeros(num_slots, jnp.float32),
-            truncated=refused,
-            full=refused,
-        )
-        progress = _Progress(
-            step=jnp.int32(0), going=played, last=pending, context=length, result=empty
-        )
-        progress = advance(progress, logits, keys)
-
-        def feed(carry):
-            progress, cache = carry
-            last = jnp.where(progress.going, 0, -1)
-            tokens = jnp.maximum(progress.last, 0)[:, None]
-            logits, cache = policy.decode_fn(params, cache, tokens, progress.context - 1, last)
-            return advance(progress, logits, keys), cache
-
-        progress, cache = jax.lax.while_loop(
-            lambda carry: carry[0].going.any(), feed, (progress, cache)
-        )
-        return cache, progress.context, progress.last, progress.result
-
-    @functools.partial(jax.jit, static_argnums=1)
-    def resize(cache, length):
-        return policy.resize_cache(cache, length)
 
     def bucket(length: int) -> int:
         size = shortest
@@ -290,12 +314,29 @@ def make_sampler(policy: Policy, settings: SamplerSettings, *, num_slots: int) -
         needed = kept + np.where(fits, chunk_length + settings.max_new_tokens, 0)
         cache, cache_length = state.cache, bucket(int(needed.max()))
         if cache_length != state.cache_length:
-            cache = resize(cache, cache_length)
-        cache, logits, length, pending, played, refused = append(
-            params, cache, state.length, state.pending, chunk, chunk_length, reset
+            cache = _resize(cache, policy=policy, length=cache_length)
+        cache, logits, length, pending, played, refused = _append(
+            params,
+            cache,
+            state.length,
+            state.pending,
+            chunk,
+            chunk_length,
+            reset,
+            policy=policy,
+            max_length=settings.max_length,
         )
-        cache, length, pending, result = answer(
-            params, cache, logits, length, pending, played, refused, keys
+        cache, length, pending, result = _answer(
+            params,
+            cache,
+            logits,
+            length,
+            pending,
+            played,
+            refused,
+            keys,
+            policy=policy,
+            settings=settings,
         )
         return SlotState(cache, length, pending, cache_length), result
 
