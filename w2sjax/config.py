@@ -59,13 +59,13 @@ def default_config() -> ml_collections.ConfigDict:
     c.pretrain.weak_steps = 600  # optimizer steps of the weak model
     c.pretrain.strong_steps = 1200  # of the strong model
     c.pretrain.learning_rate = 2e-3
-    c.pretrain.rows = 8  # rows per batch
+    c.pretrain.rows = 4  # rows of models.max_length tokens per batch
     c.pretrain.loss_on = "all"  # "all" tokens, or the "agent"'s only
 
     c.weak = ml_collections.ConfigDict()  # the weak policy: SFT of the weak model on demonstrations
     c.weak.steps = 200
     c.weak.learning_rate = 1e-3
-    c.weak.rows = 4
+    c.weak.rows = 2
 
     c.rollouts = ml_collections.ConfigDict()
     c.rollouts.per_task = 8  # R
@@ -87,7 +87,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.targets = ml_collections.ConfigDict()
     c.targets.pair_values = "max"  # values that tree_dpo compares: "mean", "max" or "mcts"
     c.targets.min_value_gap = 0.1  # least difference of value between the sides of a pair
-    c.targets.max_pairs_per_tree = 16  # tree_dpo
+    c.targets.max_pairs_per_tree = 16  # tree_dpo; those of the largest gap stay
+    c.targets.max_pairs_per_node = 3  # and of a single parting
     c.targets.pairing = "best_vs_each"  # which children are paired: or "best_vs_worst", "adjacent"
     c.targets.continuation = "to_end"  # what is compared below a parting: or "one_step"
     c.targets.max_pairs_per_task = 8  # dpo, randomly matched
@@ -105,8 +106,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.preference_steps = 120  # of them, for dpo, tree_dpo and mcts_tree_dpo
     c.train.learning_rate = 1e-3
     c.train.preference_learning_rate = 5e-5
-    c.train.rows = 4  # rows per batch
-    c.train.row_length = 256  # tokens per row; grown to the longest sequence where that is longer
+    c.train.rows = 2  # rows of models.max_length tokens per batch
     c.train.pairs = 8  # pairs per preference batch
     c.train.beta = 0.1  # of DPO
     c.train.chosen_sft_weight = 1.0  # weight of the chosen side's likelihood in the DPO loss
@@ -141,8 +141,9 @@ _POSITIVE = (
     "pretrain.episodes pretrain.weak_steps pretrain.strong_steps pretrain.learning_rate pretrain.rows "
     "weak.steps weak.learning_rate weak.rows rollouts.per_task rollouts.temperature "
     "rollouts.max_new_tokens sampler.slots search.num_simulations targets.max_pairs_per_tree "
+    "targets.max_pairs_per_node "
     "targets.max_pairs_per_task targets.awr_beta targets.awr_max_weight train.steps train.learning_rate "
-    "train.preference_learning_rate train.rows train.row_length train.pairs train.beta train.clip_norm "
+    "train.preference_learning_rate train.rows train.pairs train.beta train.clip_norm "
     "train.checkpoint_every evaluate.temperature evaluate.bootstrap"
 ).split()
 _NOT_NEGATIVE = (

@@ -1,0 +1,414 @@
+"""What stages are made of: play, sample, train. Each fills a directory and reports what it left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from w2sjax import batches, losses, models, parallel, train
+from w2sjax.chat import ChatTemplate
+from w2sjax.checkpoints import load_params, save_params
+from w2sjax.envs import EnvPool, PlayRequest
+from w2sjax.pipeline.manifests import Stage
+from w2sjax.report import progress_bar
+from w2sjax.sampling import (
+    EpisodeRequest,
+    Sampler,
+    SamplerSettings,
+    TrajectoryWriter,
+    collect,
+    make_sampler,
+    play_episodes,
+    read_trajectories,
+    write_trajectories,
+)
+from w2sjax.types import Policy, Trajectory
+
+EPISODES = "episodes.jsonl"
+_STATES = "states"  # training states of a run that goes on; removed when it is done
+_PARAMS = "params"
+
+
+def read_episodes(stage: Stage) -> list[Trajectory]:
+    """All episodes of a finished stage, in their canonical order."""
+    return read_trajectories(stage.directory / EPISODES)
+
+
+@dataclasses.dataclass
+class Jobs:
+    """The settings and the compiled functions that jobs share."""
+
+    config: ml_collections.ConfigDict
+
+    def __post_init__(self) -> None:
+        self.mesh = parallel.make_mesh(**self.config.mesh)
+        self._samplers: dict[tuple, Sampler] = {}
+        self._train_steps: dict[tuple, train.TrainStep] = {}
+
+    # ----------------------------------------------------------------------------- episodes
+
+    def pool(self, *, slots: int) -> EnvPool:
+        """The environments of one stage."""
+        env = self.config.env
+        return EnvPool(
+            env.name,
+            dict(env.options),
+            num_slots=max(slots, env.workers),
+            num_workers=env.workers,
+            timeout_s=env.timeout_s,
+            max_restarts=env.max_restarts,
+        )
+
+    def play(
+        self,
+        directory: Path,
+        pool: EnvPool,
+        requests: Sequence[PlayRequest],
+        *,
+        policy_name: str,
+        seed: int,
+    ) -> dict[str, Any]:
+        """Writes whole episodes of the environment's expert, with as many random steps as wanted."""
+        with progress_bar(f"episodes, {policy_name}", len(requests), "episodes") as update:
+            episodes = play_episodes(
+                pool,
+                requests,
+                env_name=self.config.env.name,
+                policy_name=policy_name,
+                seed=seed,
+                progress=update,
+            )
+        write_trajectories(directory / EPISODES, episodes)
+        return _episode_facts(episodes)
+
+    def sample(
+        self,
+        directory: Path,
+        title: str,
+        template: ChatTemplate,
+        policy: Policy,
+        params: Any,
+        pool: EnvPool,
+        requests: Sequence[EpisodeRequest],
+        *,
+        temperature: float,
+        top_p: float,
+        policy_name: str,
+        seed: int,
+    ) -> dict[str, Any]:
+        """Lets a model act; episodes that are on disk already are not sampled again.
+
+        When all are there, the file is put in the order of `requests`, so that its bytes do not depend
+        on the order in which episodes ended, or on interruptions.
+        """
+        c = self.config
+        path = directory / EPISODES
+        there = read_trajectories(path, allow_torn_tail=True) if path.exists() else []
+        done = {(t.task_id, t.rollout) for t in there}
+        missing = [r for r in requests if (r.task_id, r.rollout) not in done]
+        key = (policy, temperature, top_p)
+        if key not in self._samplers:
+            self._samplers[key] = make_sampler(
+                policy,
+                SamplerSettings(
+                    max_length=c.models.max_length,
+                    max_new_tokens=c.rollouts.max_new_tokens,
+                    stop_ids=template.stop_ids,
+                    temperature=temperature,
+                    top_p=top_p,
+                ),
+                num_slots=c.sampler.slots,
+            )
+        facts: dict[str, Any] = {}
+        with (
+            progress_bar(title, len(requests), "episodes") as update,
+            TrajectoryWriter(path) as out,
+        ):
+            if missing:
+                stats = collect(
+                    self._samplers[key],
+                    params,
+                    template,
+                    pool,
+                    missing,
+                    env_name=c.env.name,
+                    policy_name=policy_name,
+                    seed=seed,
+                    on_done=out.write,
+                    progress=lambda count, _total, note="": update(len(done) + count, note),
+                )
+                facts = {"sampling": dataclasses.asdict(stats)}
+        order = {(r.task_id, r.rollout): i for i, r in enumerate(requests)}
+        episodes = sorted(read_trajectories(path), key=lambda t: order[t.task_id, t.rollout])
+        write_trajectories(path, episodes)
+        return _episode_facts(episodes) | facts
+
+    # -------------------------------------------------------------------------------- models
+
+    @functools.cache  # noqa: B019 (one Jobs per run; the cache should live as long as it does)
+    def policy(self, which: str, vocab_size: int) -> Policy:
+        """The weak or the strong model's functions."""
+        return models.make_policy(self.model_config(which, vocab_size))
+
+    def model_config(self, which: str, vocab_size: int) -> models.ModelConfig:
+        """The shape of the weak or the strong model."""
+        c = self.config.models
+        return models.preset(
+            c[which],
+            vocab_size=vocab_size,
+            max_length=c.max_length,
+            compute_dtype=c.compute_dtype,
+        )
+
+    def load(self, which: str, vocab_size: int, stage: Stage) -> Any:
+        """A finished stage's parameters, born where they will live."""
+        config = self.model_config(which, vocab_size)
+        init = functools.partial(models.init_params, config)
+        abstract = jax.eval_shape(init, jax.random.key(0))
+        shardings = parallel.param_shardings(abstract, models.PARTITION_RULES, self.mesh)
+        like = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            shardings,
+        )
+        return load_params(stage.directory / _PARAMS, like)
+
+    def init(self, which: str, vocab_size: int, seed: int) -> Any:
+        """Fresh parameters, sharded from the start."""
+        init = functools.partial(models.init_params, self.model_config(which, vocab_size))
+        return parallel.init_sharded(init, models.PARTITION_RULES, self.mesh, jax.random.key(seed))
+
+    # ------------------------------------------------------------------------------ training
+
+    def fit_sft(
+        self,
+        directory: Path,
+        title: str,
+        policy: Policy,
+        params: Any,
+        sequences: Sequence[batches.Sequence],
+        *,
+        steps: int,
+        learning_rate: float,
+        rows: int,
+        seed: int,
+        source: str,
+    ) -> dict[str, Any]:
+        """Maximum likelihood on weighted sequences; writes `params` and `metrics.jsonl`."""
+        _require(sequences, title, source)
+        loader = batches.sft_batches(
+            sequences,
+            rows_per_batch=self._rows(rows),
+            row_length=self.config.models.max_length,
+            seed=seed,
+        )
+        self._fit(directory, title, policy, params, losses.sft_loss, loader, steps, learning_rate)
+        return {
+            "sequences": len(sequences),
+            "steps_per_epoch": round(loader.steps_per_epoch(), 2),
+            "fill_rate": round(loader.fill_rate(), 3),
+        }
+
+    def fit_preference(
+        self,
+        directory: Path,
+        title: str,
+        policy: Policy,
+        params: Any,
+        pairs: Sequence[batches.PairSequences],
+        *,
+        steps: int,
+        seed: int,
+        source: str,
+    ) -> dict[str, Any]:
+        """DPO against the frozen start `params`, whose log-probabilities are computed once."""
+        _require(pairs, title, source)
+        c = self.config.train
+        length = self.config.models.max_length
+        scorer = train.make_sequence_scorer(
+            policy.apply_fn, rows_per_batch=self._rows(8), row_length=length, mesh=self.mesh
+        )
+        extras = {
+            f"ref_{side}_logps": scorer(params, [getattr(pair, side) for pair in pairs])
+            for side in ("chosen", "rejected")
+        }
+        loader = batches.preference_batches(
+            pairs,
+            pairs_per_batch=c.pairs,
+            row_length=length,
+            seed=seed,
+            total_steps=steps,
+            extras=extras,
+            rows_multiple=self._rows(1),
+        )
+        loss = self._preference_loss()
+        rate = c.preference_learning_rate
+        self._fit(directory, title, policy, params, loss, loader, steps, rate)
+        return {"pairs": len(pairs), "steps_per_epoch": round(loader.steps_per_epoch(), 2)}
+
+    @functools.cache  # noqa: B019 (as above)
+    def _preference_loss(self) -> losses.LossFn:
+        c = self.config.train
+        return functools.partial(
+            losses.preference_loss, beta=c.beta, sft_weight=c.chosen_sft_weight
+        )
+
+    def _rows(self, rows: int) -> int:
+        """Rows rounded up to what the mesh can split."""
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return -(-rows // shards) * shards
+
+    def _fit(
+        self, directory, title, policy, params, loss, loader, steps: int, learning_rate: float
+    ) -> None:
+        c = self.config.train
+        key = (policy, loss, steps, learning_rate)
+        if key not in self._train_steps:
+            tx = train.make_optimizer(
+                c.optimizer,
+                learning_rate=learning_rate,
+                total_steps=steps,
+                warmup_steps=min(c.warmup_steps, steps - 1),
+                schedule=c.schedule,
+                weight_decay=c.weight_decay,
+                clip_norm=c.clip_norm,
+            )
+            step = train.make_train_step(policy.apply_fn, loss, tx, mesh=self.mesh)
+            self._train_steps[key] = (tx, step)
+        tx, train_step = self._train_steps[key]
+        shardings = parallel.param_shardings(params, models.PARTITION_RULES, self.mesh)
+        state = train.init_state(params, tx, mesh=self.mesh, param_shardings=shardings)
+        with progress_bar(title, steps, "steps") as update:
+            result = train.fit(
+                state,
+                train_step,
+                loader,
+                total_steps=steps,
+                checkpoint_dir=directory / _STATES,
+                checkpoint_every=c.checkpoint_every,
+                keep=1,
+                metrics_path=directory / "metrics.jsonl",
+                on_step=lambda step, _total, metrics: update(step, f"loss {metrics['loss']:.3f}"),
+            )
+        save_params(directory / _PARAMS, result.state.params, overwrite=True)
+        shutil.rmtree(directory / _STATES)
+
+
+def to_sequences(
+    template: ChatTemplate,
+    episodes: Sequence[Trajectory],
+    max_length: int,
+    *,
+    step_weights: np.ndarray | None = None,
+    all_tokens: bool = False,
+) -> tuple[list[batches.Sequence], int]:
+    """Episodes as weighted token sequences.
+
+    Args:
+      template: turns text into tokens.
+      episodes: E of them.
+      max_length: longer sequences are left out.
+      step_weights: float32 [E, T], what each answer's tokens count; all 1 where None. What follows the
+        last answer that counts is cut off; an episode without any is not a sequence.
+      all_tokens: what the environment said counts as well (pretraining).
+
+    Returns:
+      The sequences, and how many were left out because they are too long.
+    """
+    sequences, too_long = [], 0
+    for index, episode in enumerate(episodes):
+        encoded = template.encode_trajectory(episode)
+        if all_tokens:
+            weights = np.ones(len(encoded.tokens), np.float32)
+            weights[0] = 0.0
+        else:
+            weights = np.zeros(len(encoded.tokens), np.float32)
+            for t, (start, end) in enumerate(
+                zip(encoded.turn_start, encoded.turn_end, strict=True)
+            ):
+                weights[start:end] = 1.0 if step_weights is None else step_weights[index, t]
+        learned = np.flatnonzero(weights)
+        if not len(learned):
+            continue
+        end = learned[-1] + 1
+        if end > max_length:
+            too_long += 1
+            continue
+        sequences.append(batches.Sequence(encoded.tokens[:end], weights[:end]))
+    return sequences, too_long
+
+
+def to_pairs(
+    template: ChatTemplate,
+    episodes: Sequence[Trajectory],
+    max_length: int,
+    arrays: dict[str, np.ndarray],
+) -> tuple[list[batches.PairSequences], int]:
+    """Pairs of continuations as pairs of sequences; a side's tokens before its first step are context.
+
+    Args:
+      template: turns text into tokens.
+      episodes: what the indices point into.
+      max_length: pairs with a longer side are left out.
+      arrays: int [P] each: `chosen`, `rejected` (episodes) and, of either, `…_start`, `…_end` (steps).
+
+    Returns:
+      The pairs, and how many were left out because a side is too long.
+    """
+
+    @functools.cache
+    def encode(index: int):
+        return template.encode_trajectory(episodes[index])
+
+    def side(index: int, start: int, end: int) -> batches.Sequence:
+        encoded = encode(index)
+        last = encoded.turn_end[end - 1]
+        weights = np.zeros(last, np.float32)
+        for t in range(start, end):
+            weights[encoded.turn_start[t] : encoded.turn_end[t]] = 1.0
+        return batches.Sequence(encoded.tokens[:last], weights)
+
+    pairs, too_long = [], 0
+    for row in range(len(arrays["chosen"])):
+        sides = {
+            name: side(*(int(arrays[f"{name}{part}"][row]) for part in ("", "_start", "_end")))
+            for name in ("chosen", "rejected")
+        }
+        if max(map(len, sides.values())) > max_length:
+            too_long += 1
+        else:
+            pairs.append(batches.PairSequences(**sides))
+    return pairs, too_long
+
+
+def _require(items: Sequence, title: str, source: str) -> None:
+    if not items:
+        raise ValueError(
+            f"{title}: nothing to train on; {source} gave no example. Sample more rollouts "
+            "(config.rollouts.per_task, config.tasks.train), strengthen the weak policy "
+            "(config.weak.steps), or drop the method from config.methods."
+        )
+
+
+def _episode_facts(episodes: Sequence[Trajectory]) -> dict[str, Any]:
+    """Counts that go into a stage's manifest."""
+    scored = [t for t in episodes if t.status.scored]
+    count = max(1, len(scored))
+    return {
+        "episodes": len(episodes),
+        "statuses": dict(Counter(t.status.value for t in episodes)),
+        "unscored": len(episodes) - len(scored),
+        "success": round(sum(t.success for t in scored) / count, 4),
+        "reward": round(sum(t.score for t in scored) / count, 4),
+        "mean_steps": round(sum(len(t.steps) for t in scored) / count, 2),
+        "malformed_answers": sum(step.action is None for t in scored for step in t.steps),
+    }

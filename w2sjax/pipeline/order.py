@@ -1,0 +1,455 @@
+"""The order of the stages.
+
+    transcripts → pretrained weak and strong model                 (cached, shared by seeds and methods)
+    demonstrations → weak policy → rollouts → trees → search → targets
+    targets → one trained model per method → episodes on held-out tasks → report
+
+Every stage reads directories and writes one, atomically, with a manifest: a matching manifest means skip.
+Inside a stage, rollouts go on by episode and training by step.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from w2sjax import evaluate, report
+from w2sjax.chat import ChatTemplate, load_tokenizer, save_tokenizer, train_bpe
+from w2sjax.config import PREFERENCE_METHODS, SFT_METHODS, validate
+from w2sjax.envs import PlayRequest
+from w2sjax.pipeline import forest as forests
+from w2sjax.pipeline.jobs import EPISODES, Jobs, read_episodes, to_pairs, to_sequences
+from w2sjax.pipeline.manifests import (
+    Stage,
+    claim_workdir,
+    read_json,
+    run_stage,
+    stage_facts,
+    stage_key,
+    write_json,
+)
+from w2sjax.sampling import EpisodeRequest, read_trajectories
+from w2sjax.types import Trajectory
+
+USER_ERRORS = (ValueError, OSError, FloatingPointError)  # what a run reports as one sentence
+
+
+def run(
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str], *, start_over: bool = False
+) -> dict[str, Any]:
+    """Runs every stage that is not done yet.
+
+    Args:
+      config: from a file of `configs/`; see `config.default_config` for its fields.
+      workdir: where everything goes; belongs to one config.
+      start_over: delete what another config left there.
+
+    Returns:
+      The report, as written to `workdir/report.json`.
+
+    Raises:
+      ValueError: an impossible setting, a workdir of another config, a stage with nothing to work on.
+      OSError: the workdir cannot be written.
+      FloatingPointError: a loss became NaN or infinite; the last good checkpoint is kept.
+    """
+    validate(config)
+    settings = json.loads(config.to_json())
+    workdir = Path(workdir).absolute()
+    claim_workdir(workdir, settings, start_over=start_over)
+    cache = cache_directory(config)
+    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return _Run(config, settings, workdir, cache).all_stages()
+
+
+def cache_directory(config: ml_collections.ConfigDict) -> Path:
+    """Where pretrained models and compiled programs are kept: config, $W2SJAX_CACHE, or the user's."""
+    chosen = config.cache_dir or os.environ.get("W2SJAX_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "w2sjax"
+
+
+class _Run:
+    """One run of the main job: settings, places, and the stages done so far."""
+
+    def __init__(self, config, settings: dict[str, Any], workdir: Path, cache: Path):
+        self.config = config
+        self.settings = settings  # the config as JSON values
+        self.workdir = workdir
+        self.cache = cache
+        self.stages: list[Stage] = []
+        self.jobs = Jobs(config)
+        self.room: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------------------ the order
+
+    def all_stages(self) -> dict[str, Any]:
+        """Runs or skips every stage, in order."""
+        c = self.config
+        transcripts = self._cached(
+            "transcripts",
+            ("env.name", "env.options", "tokenizer", "pretrain.seed", "pretrain.episodes",
+             "pretrain.random_low", "pretrain.random_high"),
+            {},
+            self._make_transcripts,
+        )  # fmt: skip
+        self.template = ChatTemplate(load_tokenizer(transcripts.directory / "tokenizer"))
+        bases = {}
+        for which in ("weak", "strong"):
+            bases[which] = self._cached(
+                f"pretrained_{which}",
+                ("pretrain", f"models.{which}", "models.max_length", "models.compute_dtype",
+                 "train.optimizer", "train.schedule", "train.warmup_steps", "train.weight_decay",
+                 "train.clip_norm", "mesh"),
+                {"transcripts": transcripts},
+                functools.partial(self._make_pretrained, which, transcripts),
+            )  # fmt: skip
+        weak = self._weak_policy(bases["weak"])
+        policies = {"weak": weak, "strong": bases["strong"]}
+        policies |= self._trained(bases["strong"], weak)
+        scores: dict[str, dict[str, evaluate.Scores]] = {mode: {} for mode in c.evaluate.modes}
+        for name in c.methods:
+            for mode in c.evaluate.modes:
+                stage = self._evaluated(name, mode, policies[name])
+                tasks = read_json(stage.directory / "tasks.json")
+                scores[mode][name] = evaluate.task_scores(read_episodes(stage), tasks)
+        return self._reported(scores)
+
+    def _weak_policy(self, base: Stage) -> Stage:
+        c = self.config
+        demonstrations = self._stage(
+            "demonstrations",
+            ("env.name", "env.options", "seed", "tasks.demonstrations"),
+            {},
+            functools.partial(self._make_expert_episodes, "demos", c.tasks.demonstrations),
+        )
+
+        def make(directory: Path) -> dict[str, Any]:
+            sequences, too_long = self._sequences(read_episodes(demonstrations))
+            return {"left_out_too_long": too_long} | self.jobs.fit_sft(
+                directory,
+                "weak policy",
+                *self._model("weak", base),
+                sequences,
+                steps=c.weak.steps,
+                learning_rate=c.weak.learning_rate,
+                rows=c.weak.rows,
+                seed=c.seed,
+                source="the stage demonstrations",
+            )
+
+        inputs = {"base": base, "demonstrations": demonstrations}
+        return self._stage("weak", ("seed", "weak", "train", "mesh"), inputs, make)
+
+    def _trained(self, strong: Stage, weak: Stage) -> dict[str, Stage]:
+        """The strong model, trained once per method."""
+        c = self.config
+        trained: dict[str, Stage] = {}
+        if "ceiling" in c.methods:
+            experts = self._stage(
+                "expert_episodes",
+                ("env.name", "env.options", "seed", "tasks.train"),
+                {},
+                functools.partial(self._make_expert_episodes, "train", c.tasks.train),
+            )
+            trained["ceiling"] = self._sft_method("ceiling", strong, experts, None, c.train.steps)
+        sft = [name for name in SFT_METHODS if name in c.methods and name != "ceiling"]
+        preference = [name for name in PREFERENCE_METHODS if name in c.methods]
+        if not sft + preference:
+            return trained
+        rollouts = self._stage(
+            "rollouts",
+            ("env", "seed", "rollouts", "models.max_length", "tasks.train", "sampler"),
+            {"weak": weak},
+            functools.partial(self._make_rollouts, weak),
+        )
+        trees = self._stage(
+            "trees", ("trees", "gate"), {"rollouts": rollouts},
+            functools.partial(self._make_trees, rollouts),
+        )  # fmt: skip
+        self.room = stage_facts(trees)
+        for warning in self.room["warnings"]:
+            report.CONSOLE.print(f"  warning: {warning}", markup=False)
+        search = self._stage(
+            "search", ("search",), {"trees": trees}, functools.partial(self._make_search, trees)
+        )
+        targets = self._stage(
+            "targets", ("seed", "targets", "search.discount"), {"trees": trees, "search": search},
+            functools.partial(self._make_targets, trees, search),
+        )  # fmt: skip
+        for name in sft:
+            trained[name] = self._sft_method(name, strong, rollouts, targets, c.train.steps)
+        for name in preference:
+            source = PREFERENCE_METHODS[name]
+            steps = c.train.steps - c.train.preference_steps
+            reference = self._sft_method(
+                source, strong, rollouts, targets, steps, stage_name=f"reference_{source}"
+            )
+            trained[name] = self._preference_method(name, reference, rollouts, targets)
+        return trained
+
+    # ----------------------------------------------------------------------------- the stages
+
+    def _make_transcripts(self, directory: Path) -> dict[str, Any]:
+        """Unlabelled play of mixed skill, and the tokenizer trained on its text."""
+        c = self.config.pretrain
+        with self.jobs.pool(slots=1) as pool:
+            rng = random.Random(c.seed)
+            requests = [
+                PlayRequest(
+                    task, c.random_low + (c.random_high - c.random_low) * rng.random(), c.seed
+                )
+                for task in pool.task_ids("pretrain", c.episodes)
+            ]
+            facts = self.jobs.play(directory, pool, requests, policy_name="player", seed=c.seed)
+        texts = []
+        for episode in read_trajectories(directory / EPISODES):
+            texts += [episode.instruction, episode.first_observation]
+            texts += [text for step in episode.steps for text in (step.answer, step.observation)]
+        tokenizer = train_bpe(texts, vocab_size=self.config.tokenizer.vocab_size)
+        save_tokenizer(tokenizer, directory / "tokenizer")
+        return facts | {"vocab_size": len(tokenizer)}
+
+    def _make_pretrained(self, which: str, transcripts: Stage, directory: Path) -> dict[str, Any]:
+        c = self.config.pretrain
+        sequences, too_long = self._sequences(
+            read_episodes(transcripts), all_tokens=c.loss_on == "all"
+        )
+        vocab_size = self.template.vocab_size
+        return {"left_out_too_long": too_long} | self.jobs.fit_sft(
+            directory,
+            f"pretraining, {which}",
+            self.jobs.policy(which, vocab_size),
+            self.jobs.init(which, vocab_size, c.seed),
+            sequences,
+            steps=c[f"{which}_steps"],
+            learning_rate=c.learning_rate,
+            rows=c.rows,
+            seed=c.seed,
+            source="the stage transcripts",
+        )
+
+    def _make_expert_episodes(self, split: str, count: int, directory: Path) -> dict[str, Any]:
+        seed = self.config.seed
+        with self.jobs.pool(slots=1) as pool:
+            requests = [PlayRequest(task, 0.0, seed) for task in self._tasks(pool, split, count)]
+            return self.jobs.play(directory, pool, requests, policy_name="expert", seed=seed)
+
+    def _make_rollouts(self, weak: Stage, directory: Path) -> dict[str, Any]:
+        c = self.config
+        with self.jobs.pool(slots=c.sampler.slots) as pool:
+            tasks = self._tasks(pool, "train", c.tasks.train)
+            return self.jobs.sample(
+                directory,
+                "weak rollouts",
+                self.template,
+                *self._model("weak", weak),
+                pool,
+                [EpisodeRequest(t, r) for t in tasks for r in range(c.rollouts.per_task)],
+                temperature=c.rollouts.temperature,
+                top_p=c.rollouts.top_p,
+                policy_name="weak",
+                seed=c.seed,
+            )
+
+    def _make_trees(self, rollouts: Stage, directory: Path) -> dict[str, Any]:
+        forest = forests.build_forest(read_episodes(rollouts), merge_on=self.config.trees.merge_on)
+        forests.save_forest(directory / "trees.npz", forest)
+        return forests.room(forest, self.config.gate)
+
+    def _make_search(self, trees: Stage, directory: Path) -> dict[str, Any]:
+        forest = forests.load_forest(trees.directory / "trees.npz")
+        np.savez_compressed(
+            directory / "values.npz", **forests.search_forest(forest, **self.config.search)
+        )
+        return {"trees": len(forest.episode)}
+
+    def _make_targets(self, trees: Stage, search: Stage, directory: Path) -> dict[str, Any]:
+        c = self.config
+        forest = forests.load_forest(trees.directory / "trees.npz")
+        with np.load(search.directory / "values.npz") as values:
+            made = forests.make_targets(
+                forest, dict(values), c.targets, discount=c.search.discount, seed=c.seed
+            )
+        for name, (arrays, _) in made.items():
+            np.savez_compressed(directory / f"{name}.npz", **arrays)
+        return {name: counts for name, (_, counts) in made.items()}
+
+    def _sft_method(
+        self,
+        target: str,
+        strong: Stage,
+        episodes: Stage,
+        targets: Stage | None,
+        steps: int,
+        *,
+        stage_name: str | None = None,
+    ) -> Stage:
+        c = self.config
+        stage_name = stage_name or target
+
+        def make(directory: Path) -> dict[str, Any]:
+            weights = None
+            if targets is not None:
+                with np.load(targets.directory / f"{target}.npz") as arrays:
+                    weights = arrays["step_weights"]
+            sequences, too_long = self._sequences(read_episodes(episodes), step_weights=weights)
+            return {"left_out_too_long": too_long} | self.jobs.fit_sft(
+                directory,
+                f"training, {stage_name}",
+                *self._model("strong", strong),
+                sequences,
+                steps=steps,
+                learning_rate=c.train.learning_rate,
+                rows=c.train.rows,
+                seed=c.seed,
+                source=f"the target {target}",
+            )
+
+        inputs = {"start": strong, "episodes": episodes}
+        inputs |= {"targets": targets} if targets is not None else {}
+        fields = ("seed", "train", "mesh", "models.max_length")
+        return self._stage(f"train/{stage_name}", fields, inputs, make)
+
+    def _preference_method(
+        self, name: str, reference: Stage, rollouts: Stage, targets: Stage
+    ) -> Stage:
+        c = self.config
+        target = "dpo" if name == "dpo" else "tree_dpo"
+
+        def make(directory: Path) -> dict[str, Any]:
+            with np.load(targets.directory / f"{target}.npz") as arrays:
+                pairs, too_long = to_pairs(
+                    self.template, read_episodes(rollouts), c.models.max_length, dict(arrays)
+                )
+            return {"left_out_too_long": too_long} | self.jobs.fit_preference(
+                directory,
+                f"training, {name}",
+                *self._model("strong", reference),
+                pairs,
+                steps=c.train.preference_steps,
+                seed=c.seed,
+                source=f"the target {target}",
+            )
+
+        inputs = {"reference": reference, "rollouts": rollouts, "targets": targets}
+        fields = ("seed", "train", "mesh", "models.max_length")
+        return self._stage(f"train/{name}", fields, inputs, make)
+
+    def _evaluated(self, name: str, mode: str, policy: Stage) -> Stage:
+        c = self.config
+
+        def make(directory: Path) -> dict[str, Any]:
+            with self.jobs.pool(slots=c.sampler.slots) as pool:
+                tasks = self._tasks(pool, c.tasks.held_out_split, c.tasks.held_out)
+                write_json(directory / "tasks.json", tasks)
+                return self.jobs.sample(
+                    directory,
+                    f"evaluating, {name} ({mode})",
+                    self.template,
+                    *self._model("weak" if name == "weak" else "strong", policy),
+                    pool,
+                    [EpisodeRequest(task, 0) for task in tasks],
+                    temperature=c.evaluate.temperature if mode == "sampled" else 0.0,
+                    top_p=1.0,
+                    policy_name=name,
+                    seed=c.seed,
+                )
+
+        fields = ("env", "seed", "tasks.held_out", "tasks.held_out_split", "sampler",
+                  "rollouts.max_new_tokens", "models.max_length")  # fmt: skip
+        fields += ("evaluate.temperature",) if mode == "sampled" else ()
+        return self._stage(f"evaluate/{name}.{mode}", fields, {"policy": policy}, make)
+
+    def _reported(self, scores: Mapping[str, Mapping[str, evaluate.Scores]]) -> dict[str, Any]:
+        c = self.config
+        comparisons = {
+            mode: evaluate.compare(by_method, num_resamples=c.evaluate.bootstrap)
+            for mode, by_method in scores.items()
+        }
+        left_out = {}
+        for stage in self.stages:
+            facts = stage_facts(stage)
+            for key in ("left_out_too_long", "unscored", "malformed_answers"):
+                if facts.get(key):
+                    left_out[f"{stage.name}: {key.replace('_', ' ')}"] = facts[key]
+        record = report.build_report(
+            comparisons,
+            headline=c.evaluate.headline,
+            stages=self.stages,
+            room=self.room,
+            settings={
+                "name": c.name,
+                "seed": c.seed,
+                "held_out": c.tasks.held_out,
+                "split": c.tasks.held_out_split,
+                "train_steps": c.train.steps,
+                "left_out": left_out,
+            },
+        )
+        write_json(self.workdir / "report.json", record)
+        (self.workdir / "report.md").write_text(report.render_markdown(record))
+        for table in report.terminal_tables(record):
+            report.CONSOLE.print(table)
+        report.CONSOLE.print(
+            f"Results: {self.workdir}/report.md, report.json, and a directory per stage beside them.",
+            markup=False,
+        )
+        return record
+
+    # ------------------------------------------------------------------------------ mechanics
+
+    def _stage(
+        self,
+        name: str,
+        fields: tuple[str, ...],
+        inputs: Mapping[str, Stage],
+        make: Callable[[Path], Mapping[str, Any]],
+        *,
+        directory: Path | None = None,
+    ) -> Stage:
+        """Runs one stage, which depends on the named config fields and on its inputs alone."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        chosen = self._chosen(fields)
+        stage = run_stage(name, directory or self.workdir / name, chosen, inputs, make)
+        state = "already there" if stage.skipped else f"{stage.seconds:.1f} s"
+        report.CONSOLE.print(f"{name:<32} {state}", markup=False, highlight=False)
+        self.stages.append(stage)
+        return stage
+
+    def _cached(self, name, fields, inputs, make) -> Stage:
+        """A stage whose results other runs share: its directory is named by its key."""
+        key = stage_key(name, self._chosen(fields), inputs)
+        return self._stage(name, fields, inputs, make, directory=self.cache / f"{name}-{key}")
+
+    def _chosen(self, fields: tuple[str, ...]) -> dict[str, Any]:
+        return {
+            field: functools.reduce(dict.__getitem__, field.split("."), self.settings)
+            for field in fields
+        }
+
+    def _model(self, which: str, stage: Stage):
+        """(policy, params) of a finished stage."""
+        vocab_size = self.template.vocab_size
+        return self.jobs.policy(which, vocab_size), self.jobs.load(which, vocab_size, stage)
+
+    def _sequences(self, episodes: list[Trajectory], **options: Any):
+        return to_sequences(self.template, episodes, self.config.models.max_length, **options)
+
+    @staticmethod
+    def _tasks(pool, split: str, count: int) -> list[str]:
+        return list(pool.task_ids(split, count))
