@@ -1,4 +1,4 @@
-"""Runs the main job: python launch.py --config=configs/household.py [--workdir=DIR] [--config.a.b=x]."""
+"""Runs the main job: python launch.py --config=configs/household.py [--config.a.b=x]."""
 
 import sys
 

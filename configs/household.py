@@ -1,8 +1,8 @@
 """The main job on the built-in environment, from pretraining to the table.
 
-    python launch.py --config=configs/household.py            # everything
-    python launch.py --config=configs/household.py:smoke      # every stage, tiny, under a minute
-    python launch.py --config=configs/household.py:dev        # the same on the dev split, to choose settings on
+    python launch.py --config=configs/household.py         # everything
+    python launch.py --config=configs/household.py:smoke   # every stage, tiny, under a minute
+    python launch.py --config=configs/household.py:dev     # on the dev split, to choose settings
 
 Hardware: 2 CPU cores, 4 GB.
 """

@@ -137,24 +137,65 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 _POSITIVE = (
-    "env.timeout_s tasks.demonstrations tasks.train tasks.held_out tokenizer.vocab_size models.max_length "
-    "pretrain.episodes pretrain.weak_steps pretrain.strong_steps pretrain.learning_rate pretrain.rows "
-    "weak.steps weak.learning_rate weak.rows rollouts.per_task rollouts.temperature "
-    "rollouts.max_new_tokens sampler.slots search.num_simulations targets.max_pairs_per_tree "
-    "targets.max_pairs_per_node "
-    "targets.max_pairs_per_task targets.awr_beta targets.awr_max_weight train.steps train.learning_rate "
-    "train.preference_learning_rate train.rows train.pairs train.beta train.clip_norm "
-    "train.checkpoint_every evaluate.temperature evaluate.bootstrap"
-).split()
+    "env.timeout_s",
+    "tasks.demonstrations",
+    "tasks.train",
+    "tasks.held_out",
+    "tokenizer.vocab_size",
+    "models.max_length",
+    "pretrain.episodes",
+    "pretrain.weak_steps",
+    "pretrain.strong_steps",
+    "pretrain.learning_rate",
+    "pretrain.rows",
+    "weak.steps",
+    "weak.learning_rate",
+    "weak.rows",
+    "rollouts.per_task",
+    "rollouts.temperature",
+    "rollouts.max_new_tokens",
+    "sampler.slots",
+    "search.num_simulations",
+    "targets.max_pairs_per_tree",
+    "targets.max_pairs_per_node",
+    "targets.max_pairs_per_task",
+    "targets.awr_beta",
+    "targets.awr_max_weight",
+    "train.steps",
+    "train.learning_rate",
+    "train.preference_learning_rate",
+    "train.rows",
+    "train.pairs",
+    "train.beta",
+    "train.clip_norm",
+    "train.checkpoint_every",
+    "evaluate.temperature",
+    "evaluate.bootstrap",
+)
 _NOT_NEGATIVE = (
-    "seed env.workers env.max_restarts pretrain.seed search.exploration_weight targets.min_value_gap "
-    "targets.rejected_extra_steps targets.best_path_min_return train.preference_steps "
-    "train.chosen_sft_weight train.warmup_steps train.weight_decay"
-).split()
+    "seed",
+    "env.workers",
+    "env.max_restarts",
+    "pretrain.seed",
+    "search.exploration_weight",
+    "targets.min_value_gap",
+    "targets.rejected_extra_steps",
+    "targets.best_path_min_return",
+    "train.preference_steps",
+    "train.chosen_sft_weight",
+    "train.warmup_steps",
+    "train.weight_decay",
+)
 _SHARES = (
-    "pretrain.random_low pretrain.random_high rollouts.top_p search.discount gate.min_sampled_success "
-    "gate.max_sampled_success gate.min_tasks_with_success gate.min_shared_steps"
-).split()
+    "pretrain.random_low",
+    "pretrain.random_high",
+    "rollouts.top_p",
+    "search.discount",
+    "gate.min_sampled_success",
+    "gate.max_sampled_success",
+    "gate.min_tasks_with_success",
+    "gate.min_shared_steps",
+)
 _CHOICES = {
     "models.compute_dtype": ("auto", "float32", "bfloat16"),
     "pretrain.loss_on": ("all", "agent"),
