@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from jax.sharding import PartitionSpec
 from w2sjax.models import attention
 from w2sjax.types import Policy
 
+_OWN_DRAW = 2**20  # arrays of at least this many values are drawn on their own by `init_params`
 _DTYPES = ("auto", "float32", "bfloat16")
 
 # Ordered (regex over the parameter path → PartitionSpec), plain data for `w2sjax.parallel.rules`.
@@ -294,8 +296,10 @@ class Transformer(nn.Module):
 def init_params(config: ModelConfig, key: chex.PRNGKey) -> chex.ArrayTree:
     """Draws a model's parameters: a pure function of (config, key).
 
-    Kernels have variance 1 / fan-in, those that write to the residual stream 1 / (2 * num_layers)
-    of that; embeddings have variance 1 / width, norms are 1.
+    Kernels are normal with variance 1 / fan-in, those that write to the residual stream 1 / (2 *
+    num_layers) of that; embeddings have variance 1 / width, norms are 1: the same laws as
+    `Transformer.init`, whose draws, one for each array, take seconds to compile. Here small arrays
+    share one draw; large ones have their own, which a sharded program can draw shard by shard.
 
     Args:
       config: the model's shape.
@@ -306,7 +310,43 @@ def init_params(config: ModelConfig, key: chex.PRNGKey) -> chex.ArrayTree:
       `layers_0/attention/query/kernel`.
     """
     rows = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config).init(key, rows, rows, rows + 1)["params"]
+    init = functools.partial(Transformer(config).init, jax.random.key(0))
+    abstract = jax.eval_shape(init, rows, rows, rows)["params"]
+    leaves, treedef = jax.tree.flatten_with_path(abstract)
+    deviations = [_initial_deviation(config, path, leaf.shape) for path, leaf in leaves]
+    shared_size = sum(
+        leaf.size
+        for (_, leaf), deviation in zip(leaves, deviations, strict=True)
+        if deviation is not None and leaf.size < _OWN_DRAW
+    )
+    shared_draw = jax.random.normal(key, (shared_size,), jnp.float32)
+    shared_draw = jax.lax.optimization_barrier(shared_draw)  # or XLA draws again for every slice
+    arrays, offset = [], 0
+    for index, ((_, leaf), deviation) in enumerate(zip(leaves, deviations, strict=True)):
+        if deviation is None:
+            arrays.append(jnp.ones(leaf.shape, leaf.dtype))
+            continue
+        if leaf.size < _OWN_DRAW:
+            draw = shared_draw[offset : offset + leaf.size].reshape(leaf.shape)
+            offset += leaf.size
+        else:
+            draw = jax.random.normal(jax.random.fold_in(key, index), leaf.shape, jnp.float32)
+        arrays.append((draw * deviation).astype(leaf.dtype))
+    return jax.tree.unflatten(treedef, arrays)
+
+
+def _initial_deviation(config: ModelConfig, path: Any, shape: tuple[int, ...]) -> float | None:
+    """Standard deviation of a parameter's initial values; None where it starts at 1."""
+    *_, module, name = (entry.key for entry in path)
+    if name == "scale":
+        return None
+    if name == "embedding":
+        return config.width**-0.5
+    fan_in = math.prod(shape[:2]) if module == "output" else shape[0]
+    variance = 1.0 / fan_in
+    if module in ("output", "down"):
+        variance *= 0.5 / config.num_layers
+    return variance**0.5
 
 
 @functools.cache

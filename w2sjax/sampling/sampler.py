@@ -29,7 +29,7 @@ import numpy as np
 
 from w2sjax.types import Policy
 
-_MIN_CACHE_LENGTH = 128  # caches grow in powers of two from here, so that few shapes are compiled
+_MIN_CACHE_LENGTH = 256  # caches grow from here in steps, so that few shapes are compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,21 +102,20 @@ class Sampler:
     turn: Callable[..., tuple[SlotState, TurnResult]]
 
 
-def _nucleus(logits: chex.Array, top_p: float) -> chex.Array:
-    """Masks all but the smallest most likely set with at least `top_p` of the mass.
+def _nucleus(probs: chex.Array, top_p: float) -> chex.Array:
+    """Zeroes all but the smallest most likely set with at least `top_p` of the mass.
 
     The set is {p >= t} for the largest t that leaves enough mass. Float bits of non-negative
     numbers sort like integers, so bisection over 31 bits finds that t exactly and without sorting
     the vocabulary. Tokens as likely as the last one kept are kept too.
 
     Args:
-      logits: float32 [S, V].
+      probs: float32 [S, V], rows sum to 1.
       top_p: in (0, 1).
 
     Returns:
-      float32 [S, V], −inf on what is left out.
+      float32 [S, V], not normalised.
     """
-    probs = jax.nn.softmax(logits, axis=-1)
     bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
 
     def halve(i: chex.Array, threshold: chex.Array) -> chex.Array:
@@ -124,22 +123,30 @@ def _nucleus(logits: chex.Array, top_p: float) -> chex.Array:
         mass = jnp.where(bits >= trial[:, None], probs, 0.0).sum(axis=-1)
         return jnp.where(mass >= top_p, trial, threshold)
 
-    threshold = jax.lax.fori_loop(0, 31, halve, jnp.zeros(logits.shape[0], jnp.int32))
-    return jnp.where(bits >= threshold[:, None], logits, -jnp.inf)
+    threshold = jax.lax.fori_loop(0, 31, halve, jnp.zeros(probs.shape[0], jnp.int32))
+    return jnp.where(bits >= threshold[:, None], probs, 0.0)
 
 
 def _draw(
     logits: chex.Array, keys: chex.PRNGKey, step: chex.Array, settings: SamplerSettings
 ) -> tuple[chex.Array, chex.Array]:
-    """Draws one token per slot: (tokens int32 [S], untempered log-probabilities float32 [S])."""
+    """Draws one token per slot: (tokens int32 [S], untempered log-probabilities float32 [S]).
+
+    By inversion: one uniform number per slot, looked up in the cumulative distribution. That needs
+    one random number where the Gumbel trick needs V.
+    """
     if settings.temperature == 0.0:
         tokens = jnp.argmax(logits, axis=-1)
     else:
-        tempered = logits / settings.temperature
+        probs = jax.nn.softmax(logits / settings.temperature, axis=-1)
         if settings.top_p < 1.0:
-            tempered = _nucleus(tempered, settings.top_p)
+            probs = _nucleus(probs, settings.top_p)
+        cumulative = jnp.cumsum(probs, axis=-1)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-        tokens = jax.vmap(jax.random.categorical)(step_keys, tempered)
+        uniform = jax.vmap(jax.random.uniform)(step_keys)[:, None]
+        # Rounding may leave the sums uneven by an ulp: never take a token without probability.
+        hit = (cumulative > uniform * cumulative[:, -1:]) & (probs > 0.0)
+        tokens = jnp.where(hit.any(axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(probs, axis=-1))
     tokens = tokens.astype(jnp.int32)
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=1)
     return tokens, logp[:, 0]
@@ -269,8 +276,8 @@ def make_sampler(policy: Policy, settings: SamplerSettings, *, num_slots: int) -
     slot's turn is not played: nothing is appended (a reset is done), and the result says length 0,
     truncated and full.
 
-    The cache is no longer than the longest running context needs (a power of two, if the policy can
-    resize it), since decoding is bound by reading it.
+    The cache is about as long as the longest running context needs (in steps of a half or a third,
+    if the policy can resize it), since decoding is bound by reading it.
 
     Args:
       policy: the model as plain functions.
@@ -289,8 +296,8 @@ def make_sampler(policy: Policy, settings: SamplerSettings, *, num_slots: int) -
 
     def bucket(length: int) -> int:
         size = shortest
-        while size < length:
-            size *= 2
+        while size < length:  # 256, 384, 512, 768, 1024, …
+            size = size * 4 // 3 if size % 3 == 0 else size * 3 // 2
         return min(size, settings.max_length)
 
     def init() -> SlotState:
