@@ -109,10 +109,7 @@ def plan_rows(lengths: Iterable[int], row_length: int) -> Plan:
     rows_with_free: dict[int, list[int]] = {}  # free length → rows that have exactly so much left
     free_lengths = 0  # bit f set: rows_with_free[f] is not empty
     for index, length in enumerate(lengths):
-        if not 0 < length <= row_length:
-            raise ValueError(
-                f"sequence {index} has {length} tokens; a row holds 1 to {row_length}."
-            )
+        _check_length(index, length, row_length)
         fitting = free_lengths >> length
         if fitting:
             free = length + (fitting & -fitting).bit_length() - 1
@@ -133,6 +130,8 @@ def plan_rows(lengths: Iterable[int], row_length: int) -> Plan:
 
 def plan_rows_decreasing(lengths: SequenceOf[int], row_length: int) -> Plan:
     """`plan_rows`, longest sequences first (equal ones in the order given): the tightest plan."""
+    for index, length in enumerate(lengths):
+        _check_length(index, length, row_length)
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     plan = plan_rows((lengths[index] for index in order), row_length)
     return [[order[place] for place in row] for row in plan]
@@ -219,3 +218,8 @@ def pack_rows(
 def fill_rate(batch: PackedBatch) -> float:
     """Share of the batch's tokens that are not padding, in [0, 1]."""
     return float(np.mean(np.asarray(batch.sequence_id) >= 0))
+
+
+def _check_length(index: int, length: int, row_length: int) -> None:
+    if not 0 < length <= row_length:
+        raise ValueError(f"sequence {index} has {length} tokens; a row holds 1 to {row_length}.")
