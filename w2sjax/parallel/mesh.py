@@ -1,0 +1,81 @@
+"""Device meshes with the project's three axes.
+
+`data` splits the batch, `fsdp` splits the batch and the parameters' storage, `tensor` splits single
+matrix products. One device is a mesh of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with axes `data`, `fsdp`, `tensor` in automatic (compiler-chosen) sharding mode.
+
+    Args:
+      data: size of the data axis; −1 fills with the devices that the other axes leave.
+      fsdp: the same, for the fsdp axis.
+      tensor: the same, for the tensor axis. At most one of the three may be −1.
+      devices: devices to use; all of `jax.devices()` by default.
+
+    Returns:
+      The mesh.
+
+    Raises:
+      ValueError: a size that is neither −1 nor positive, two sizes of −1, or sizes whose product is
+        not the number of devices.
+
+    Example:
+      >>> make_mesh(devices=jax.devices()[:1]).shape
+      OrderedDict({'data': 1, 'fsdp': 1, 'tensor': 1})
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"mesh axis {name} must be -1 (fill) or >= 1, got {size}")
+    fills = [name for name, size in sizes.items() if size == -1]
+    if len(fills) > 1:
+        raise ValueError(f"only one mesh axis may be -1 (fill), got {' and '.join(fills)}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if fills:
+        if len(devices) % fixed:
+            raise ValueError(
+                f"mesh {_describe(sizes)}: {len(devices)} devices cannot be divided by {fixed}, "
+                f"the product of the given sizes, to fill {fills[0]}"
+            )
+        sizes[fills[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise ValueError(
+            f"mesh {_describe(sizes)} needs {fixed} devices, there are {len(devices)}; "
+            "set one size to -1 to fill"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of a batch: its leading axis is split over `data` and `fsdp` together."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of what every device holds whole, such as step counters and metrics."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _describe(sizes: dict[str, int]) -> str:
+    return " × ".join(f"{name}={size}" for name, size in sizes.items())
