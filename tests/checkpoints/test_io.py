@@ -1,0 +1,145 @@
+"""Laws of checkpoints: what was written comes back, and what does not belong is refused by name."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging as absl_logging
+
+from w2sjax.checkpoints import (
+    CheckpointMismatchError,
+    TrainCheckpoints,
+    load_metadata,
+    load_params,
+    save_params,
+)
+
+
+def make_params():
+    rng = np.random.default_rng(0)
+    return {
+        "layer": {
+            "kernel": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32),
+            "scale": jnp.asarray(rng.normal(size=6), jnp.bfloat16),
+        },
+        "table": jnp.arange(5, dtype=jnp.int32),
+    }
+
+
+def abstract(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved") / "deep" / "params"
+    save_params(directory, make_params(), {"width": 6, "names": ["a", "b"]})
+    return directory
+
+
+def test_what_was_written_comes_back(saved):
+    same(load_params(saved, abstract(make_params())), make_params())
+    assert load_metadata(saved) == {"width": 6, "names": ["a", "b"]}
+
+
+def test_arrays_come_back_in_the_dtype_asked_for(saved):
+    like = abstract(make_params())
+    like["layer"]["kernel"] = jax.ShapeDtypeStruct((4, 6), jnp.bfloat16)
+    kernel = load_params(saved, like)["layer"]["kernel"]
+    np.testing.assert_array_equal(
+        np.asarray(kernel), np.asarray(make_params()["layer"]["kernel"].astype(jnp.bfloat16))
+    )
+
+
+def test_a_checkpoint_of_another_model_is_named(saved):
+    like = abstract(make_params())
+    like["layer"]["kernel"] = jax.ShapeDtypeStruct((4, 7), jnp.float32)
+    like["more"] = like.pop("table")
+    with pytest.raises(CheckpointMismatchError) as info:
+        load_params(saved, like)
+    message = str(info.value)
+    assert "layer/kernel: [4, 6] in the checkpoint, [4, 7] in the model" in message
+    assert "more: missing in the checkpoint, the model has [5]" in message
+    assert "table: [5] in the checkpoint, the model has no such parameter" in message
+    assert "layer/scale" not in message
+
+
+def test_missing_checkpoints_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: the directory does not exist"):
+        load_params(tmp_path / "nowhere", {})
+    with pytest.raises(FileNotFoundError, match="holds no parameters"):
+        load_metadata(tmp_path)
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    save_params(tmp_path / "p", {"a": jnp.zeros(2)})
+    with pytest.raises(FileExistsError, match="exists already"):
+        save_params(tmp_path / "p", {"a": jnp.ones(2)})
+    save_params(tmp_path / "p", {"a": jnp.ones(2)}, overwrite=True)
+    like = {"a": jax.ShapeDtypeStruct((2,), jnp.float32)}
+    np.testing.assert_array_equal(load_params(tmp_path / "p", like)["a"], [1, 1])
+
+
+def test_a_state_may_be_donated_while_it_is_written(tmp_path):
+    @jax.jit
+    def start():
+        return {"w": jnp.arange(2_000_000, dtype=jnp.float32), "step": jnp.int32(0)}
+
+    advance = jax.jit(
+        lambda state: {"w": state["w"] + 1, "step": state["step"] + 1}, donate_argnums=0
+    )
+    state = start()
+    with TrainCheckpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            state = advance(state)
+            checkpoints.save(step, state)
+    with TrainCheckpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.latest_step() == 3
+        for step in (1, 2, 3):
+            restored = checkpoints.restore(step, state)
+            assert int(restored["step"]) == step
+            np.testing.assert_array_equal(restored["w"], np.arange(2_000_000) + step)
+
+
+def test_only_the_last_ones_stay_and_torn_ones_are_not_seen(tmp_path):
+    state = {"w": jnp.zeros(3)}
+    with TrainCheckpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+        for step in (5, 10, 15):
+            checkpoints.save(step, state)
+        checkpoints.wait()
+        assert checkpoints.steps() == [10, 15]
+    torn = tmp_path / "20.orbax-checkpoint-tmp"  # as a kill leaves it
+    torn.mkdir()
+    with TrainCheckpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 15
+        with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 5; it has \[10, 15\]"):
+            checkpoints.restore(5, state)
+        checkpoints.save(20, state)
+    assert not torn.exists() and (tmp_path / "20").exists()
+    with pytest.raises(ValueError, match="keep must be at least 1"):
+        TrainCheckpoints(tmp_path, keep=0)
+
+
+def test_orbax_is_silent_at_info_and_others_are_not(tmp_path, caplog):
+    before = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.INFO)
+    try:
+        with caplog.at_level(logging.INFO, logger="absl"):
+            save_params(tmp_path / "p", make_params())
+            load_params(tmp_path / "p", make_params())
+            with TrainCheckpoints(tmp_path / "c", keep=1) as checkpoints:
+                checkpoints.save(1, make_params())
+            absl_logging.info("heard")
+    finally:
+        absl_logging.set_verbosity(before)
+    assert [record.getMessage() for record in caplog.records] == ["heard"]

@@ -1,0 +1,195 @@
+"""Laws of a run: cut and resumed is uninterrupted; what is not a number stops it."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_lm
+
+from w2sjax.checkpoints import TrainCheckpoints
+from w2sjax.losses import sft_loss
+from w2sjax.train import fit, init_state, make_train_step
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    return make_train_step(tiny_lm.apply_fn, sft_loss, tiny_lm.make_tx())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, train_step):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    seen = []
+    result = tiny_lm.run(
+        workdir, train_step=train_step, on_step=lambda step, total, _: seen.append((step, total))
+    )
+    return workdir, tiny_lm.digest(result.state), result.metrics, seen
+
+
+def lines(workdir):
+    text = (workdir / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_run_reports_every_update_and_keeps_the_last_checkpoints(uninterrupted):
+    workdir, _, last, seen = uninterrupted
+    assert seen == [(step, 12) for step in range(1, 13)]
+    written = lines(workdir)
+    assert [line["step"] for line in written] == list(range(1, 13))
+    assert written[-1] == {"step": 12, **last}
+    assert written[-1]["loss"] < written[0]["loss"]
+    with TrainCheckpoints(workdir / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.steps() == [10, 12]
+
+
+@pytest.mark.parametrize("stop_at", (3, 8))
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, train_step, uninterrupted, stop_at):
+    def stop(step, total, metrics):
+        if step == stop_at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_lm.run(tmp_path, train_step=train_step, on_step=stop)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "los')  # as a kill leaves it
+    result = tiny_lm.run(tmp_path, train_step=train_step)
+    assert result.start_step == (stop_at // 5) * 5
+    assert tiny_lm.digest(result.state) == uninterrupted[1]
+    wanted = (uninterrupted[0] / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == wanted
+    again = tiny_lm.run(tmp_path, train_step=train_step)  # nothing is left to do
+    assert again.start_step == 12 and again.metrics == {}
+    assert tiny_lm.digest(again.state) == uninterrupted[1]
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    program = pathlib.Path(tiny_lm.__file__)
+    root = str(program.parents[2])
+    environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+
+    def start(pause, *names):
+        workdirs = [str(tmp_path / name) for name in names]
+        command = [sys.executable, str(program), "run", str(pause), *workdirs]
+        return subprocess.Popen(command, env=environment)
+
+    victim = start(0.05, "killed")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 23:
+        assert victim.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "killed" / "final").exists()
+    assert start(0, "killed", "whole").wait(timeout=240) == 0
+    started, final = (tmp_path / "killed" / "final").read_text().split()
+    assert int(started) in range(10, 30, 5)
+    assert f"0 {final}" == (tmp_path / "whole" / "final").read_text()
+    assert metrics.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+class SpoiledLoader:
+    """From step 8 on (update 9), token weights are infinite."""
+
+    def __init__(self):
+        self._loader = tiny_lm.make_loader()
+
+    def batch(self, step):
+        loaded = self._loader.batch(step)
+        if step < 8:
+            return loaded
+        weights = loaded.batch.loss_weight
+        spoiled = np.where(weights > 0, np.float32(np.inf), weights)
+        return loaded._replace(batch=loaded.batch.replace(loss_weight=spoiled))
+
+
+def test_not_a_number_stops_with_step_and_ids_and_keeps_the_last_good_state(
+    tmp_path, train_step, uninterrupted
+):
+    ids = ", ".join(map(str, tiny_lm.make_loader().batch(8).ids))
+    with pytest.raises(FloatingPointError, match=rf"step 9: loss is nan.*data ids {ids}\.") as info:
+        tiny_lm.run(tmp_path, train_step=train_step, loader=SpoiledLoader(), log_every=4)
+    assert "checkpoint of step 5" in str(info.value)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 9))
+    with TrainCheckpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.steps() == [5]
+    result = tiny_lm.run(tmp_path, train_step=train_step)  # with good data it goes on
+    assert tiny_lm.digest(result.state) == uninterrupted[1]
+
+
+def test_a_run_without_checkpoints_and_files(train_step, uninterrupted):
+    result = fit(
+        init_state(tiny_lm.init_params(), tiny_lm.make_tx()),
+        train_step,
+        tiny_lm.make_loader(),
+        total_steps=12,
+    )
+    assert tiny_lm.digest(result.state) == uninterrupted[1]
+    assert result.metrics == uninterrupted[2]
+
+
+def test_metrics_are_fetched_in_windows(train_step):
+    """Between fetches the host runs ahead: reports come after each `log_every` updates."""
+    made, reported = [], []
+
+    class Watched:
+        def batch(self, step):
+            made.append(step)
+            return loader.batch(step)
+
+    loader = tiny_lm.make_loader()
+    fit(
+        init_state(tiny_lm.init_params(), tiny_lm.make_tx()),
+        train_step,
+        Watched(),
+        total_steps=10,
+        log_every=4,
+        on_step=lambda step, total, metrics: reported.append((len(made), step)),
+    )
+    assert [count for count, _ in reported] == [4] * 3 + [8] * 4 + [10] * 3
+    assert [step for _, step in reported] == list(range(1, 11))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, train_step):
+    tiny_lm.run(tmp_path, train_step=train_step, total_steps=2)
+    params = tiny_lm.init_params()
+    params["mix"]["kernel"] = jnp.zeros((8, 9))
+    tx = tiny_lm.make_tx()
+    with pytest.raises(ValueError, match=r"params/mix/kernel: \[8, 8\] .* \[8, 9\] in the model"):
+        fit(
+            init_state(params, tx),
+            train_step,
+            tiny_lm.make_loader(),
+            total_steps=2,
+            checkpoint_dir=tmp_path / "checkpoints",
+            checkpoint_every=5,
+        )
+
+
+def test_what_does_not_go_together_is_named(tmp_path, train_step):
+    with pytest.raises(ValueError, match="checkpoint_dir and checkpoint_every go together"):
+        tiny_lm.run(tmp_path, train_step=train_step, checkpoint_every=0)
+    with pytest.raises(ValueError, match="log_every must be at least 1"):
+        tiny_lm.run(tmp_path, train_step=train_step, log_every=0)
+    tiny_lm.run(tmp_path, train_step=train_step, total_steps=3)
+    with pytest.raises(ValueError, match="holds step 3, past total_steps = 2"):
+        tiny_lm.run(tmp_path, train_step=train_step, total_steps=2)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnot json\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a line of metrics"):
+        tiny_lm.run(tmp_path, train_step=train_step, total_steps=3)
+
+
+def test_caller_keeps_its_parameters(train_step):
+    params = tiny_lm.init_params()
+    before = tiny_lm.digest(params)
+    fit(init_state(params, tiny_lm.make_tx()), train_step, tiny_lm.make_loader(), total_steps=2)
+    assert tiny_lm.digest(params) == before
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))

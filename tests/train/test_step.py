@@ -1,0 +1,191 @@
+"""Laws of the update and of scoring."""
+
+import functools
+import math
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_lm
+
+from w2sjax.batches import PairSequences, Sequence, pack_rows, preference_batches
+from w2sjax.losses import preference_loss, sft_loss
+from w2sjax.train import init_state, make_sequence_scorer, make_train_step
+
+
+def close(left, right, tolerance):
+    for one, other in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+def update(loss_fn, loaded, accumulate, tx=None):
+    tx = tx if tx is not None else optax.sgd(1.0)
+    step = make_train_step(tiny_lm.apply_fn, loss_fn, tx, accumulate=accumulate)
+    state = init_state(tiny_lm.init_params(), tx)
+    return step(state, loaded.batch, loaded.extras)
+
+
+def test_micro_batches_equal_one_batch_for_sft():
+    whole = update(sft_loss, tiny_lm.make_loader().batch(0), 1)
+    parts = update(sft_loss, tiny_lm.make_loader(micro_batches=4).batch(0), 4)
+    close(whole[1], parts[1], 1e-5)
+    close(whole[0].params, parts[0].params, 1e-5)
+
+
+def make_pairs(count):
+    sides = tiny_lm.make_sequences(2 * count, seed=3)
+    return [PairSequences(sides[2 * i], sides[2 * i + 1]) for i in range(count)]
+
+
+def preference_loader(pairs, extras, **options):
+    return preference_batches(
+        pairs,
+        pairs_per_batch=4,
+        row_length=tiny_lm.ROW_LENGTH,
+        seed=0,
+        total_steps=4,
+        extras=extras,
+        **options,
+    )
+
+
+def test_micro_batches_equal_one_batch_for_pairs():
+    pairs = make_pairs(6)
+    rng = np.random.default_rng(0)
+    extras = {
+        f"ref_{side}_logps": rng.normal(-9, 1, 6).astype(np.float32)
+        for side in ("chosen", "rejected")
+    }
+    loss = functools.partial(preference_loss, beta=0.5, sft_weight=0.3)
+    whole = update(loss, preference_loader(pairs, extras).batch(0), 1)
+    parts = update(loss, preference_loader(pairs, extras, micro_batches=2).batch(0), 2)
+    close(whole[1], parts[1], 1e-4)
+    close(whole[0].params, parts[0].params, 1e-5)
+
+
+def test_dpo_starts_at_log_2_and_leaves_its_reference_alone():
+    pairs = make_pairs(6)
+    reference = tiny_lm.init_params()
+    before = tiny_lm.digest(reference)
+    scorer = make_sequence_scorer(tiny_lm.apply_fn, rows_per_batch=3, row_length=tiny_lm.ROW_LENGTH)
+    extras = {
+        "ref_chosen_logps": scorer(reference, [pair.chosen for pair in pairs]),
+        "ref_rejected_logps": scorer(reference, [pair.rejected for pair in pairs]),
+    }
+    tx = optax.sgd(1.0)
+    state = init_state(reference, tx)
+    step = make_train_step(tiny_lm.apply_fn, functools.partial(preference_loss, beta=0.1), tx)
+    loader = preference_loader(pairs, extras)
+    losses = []
+    for number in range(4):
+        loaded = loader.batch(number)
+        state, metrics = step(state, loaded.batch, loaded.extras)
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert losses[-1] < losses[0]
+    assert tiny_lm.digest(reference) == before
+    assert tiny_lm.digest(state.params) != before
+    again = scorer(reference, [pair.chosen for pair in pairs])
+    np.testing.assert_array_equal(again, extras["ref_chosen_logps"])
+
+
+def test_metrics_tell_the_update():
+    loaded = tiny_lm.make_loader().batch(0)
+    _, metrics = update(sft_loss, loaded, 1, tiny_lm.make_tx())
+    assert float(metrics["learning_rate"]) == pytest.approx(1e-2 / 2, rel=1e-5)
+    assert float(metrics["tokens"]) == np.count_nonzero(loaded.batch.loss_weight)
+    assert metrics.keys() == {"loss", "grad_norm", "learning_rate", "nll", "tokens"}
+
+
+def test_one_trace_serves_all_steps_and_runs_and_the_state_is_consumed():
+    traces = []
+
+    def counted(params, tokens, **options):
+        traces.append(tokens.shape)
+        return tiny_lm.apply_fn(params, tokens, **options)
+
+    tx = optax.sgd(1.0)
+    step = make_train_step(counted, sft_loss, tx)
+    loader = tiny_lm.make_loader()
+    for _ in range(2):
+        state = init_state(tiny_lm.init_params(), tx)
+        for number in range(3):
+            loaded = loader.batch(number)
+            previous = state
+            state, _ = step(state, loaded.batch, loaded.extras)
+            assert previous.params["mix"]["kernel"].is_deleted()
+    assert len(traces) == 1
+    assert int(state.step) == 3
+
+
+def test_scores_are_sums_of_single_sequences():
+    sequences = tiny_lm.make_sequences(9)
+    params = tiny_lm.init_params()
+    options = {"rows_per_batch": 2, "row_length": tiny_lm.ROW_LENGTH}
+    scorer = make_sequence_scorer(tiny_lm.apply_fn, **options)
+    batches = []
+    scores = scorer(params, sequences, on_batch=lambda done, total: batches.append((done, total)))
+    assert batches == [(done + 1, len(batches)) for done in range(len(batches))]
+    apply_fn = jax.jit(tiny_lm.apply_fn)
+    for sequence, score in zip(sequences, scores, strict=True):
+        length = len(sequence)
+        alone = pack_rows([sequence], tiny_lm.ROW_LENGTH)
+        logits = apply_fn(
+            params, alone.tokens, positions=alone.positions, subtree_end=alone.subtree_end
+        )
+        logits = np.asarray(logits, np.float64)[0, :length]
+        logps = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        picked = logps[np.arange(length - 1), sequence.tokens[1:]]
+        assert score == pytest.approx((picked * sequence.weights[1:]).sum(), rel=1e-5)
+
+
+def test_equal_sequences_are_scored_once():
+    sequences = tiny_lm.make_sequences(3)
+    silent = Sequence(sequences[0].tokens, sequences[0].weights * 2)
+    scorer = make_sequence_scorer(tiny_lm.apply_fn, rows_per_batch=1, row_length=tiny_lm.ROW_LENGTH)
+    params = tiny_lm.init_params()
+    few, many = [], []
+    once = scorer(params, [*sequences, silent], on_batch=lambda *count: few.append(count))
+    scores = scorer(params, [*sequences * 5, silent], on_batch=lambda *count: many.append(count))
+    assert few == many
+    np.testing.assert_array_equal(scores, [*once[:3]] * 5 + [once[3]])
+    assert once[3] == pytest.approx(2 * once[0])
+    assert scorer(params, []).shape == (0,)
+
+
+def test_a_wrong_batch_is_named():
+    with pytest.raises(ValueError, match=r"must be \[2, S, L\] .* Give the loader micro_batches"):
+        update(sft_loss, tiny_lm.make_loader().batch(0), 2)
+    with pytest.raises(ValueError, match=r"must be \[S, L\]"):
+        update(sft_loss, tiny_lm.make_loader(micro_batches=2).batch(0), 1)
+    with pytest.raises(ValueError, match="accumulate must be at least 1"):
+        update(sft_loss, tiny_lm.make_loader().batch(0), 0)
+
+
+def test_eight_devices_give_the_numbers_of_one():
+    program = pathlib.Path(tiny_lm.__file__)
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, program, "mesh"],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": _root()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "shards 1",
+        "moments like parameters True",
+        "shards 4",
+        "moments like parameters True",
+        "equal True",
+    ]
+
+
+def _root():
+    return str(pathlib.Path(__file__).parents[2])

@@ -1,0 +1,147 @@
+"""A small language model, data and a run for the tests of `train`; also a program to kill.
+
+`python tiny_lm.py run PAUSE WORKDIR ...` trains in each WORKDIR (resuming what is there), `PAUSE`
+seconds slower per update, and writes a hash of the final state to WORKDIR/final.
+`python tiny_lm.py mesh` prints whether a mesh of 8 devices gives the losses of one device.
+"""
+
+import hashlib
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from w2sjax.batches import Sequence, sft_batches
+from w2sjax.losses import sft_loss
+from w2sjax.train import fit, init_state, make_optimizer, make_train_step
+
+VOCABULARY, WIDTH, ROW_LENGTH = 24, 8, 24
+
+
+def apply_fn(params, tokens, *, positions, subtree_end):
+    """Embedding, mean over the visible tokens, one hidden layer: logits float32 [S, L, V]."""
+    embedded = params["embed"]["table"][tokens] + 0.1 * jnp.sin(positions)[..., None]
+    index = jnp.arange(tokens.shape[1])
+    visible = (index[None] <= index[:, None]) & (index[:, None] < subtree_end[:, None])
+    weight = visible / jnp.maximum(visible.sum(-1, keepdims=True), 1)
+    mean = weight @ embedded
+    hidden = jnp.tanh(mean @ params["mix"]["kernel"] + params["mix"]["bias"])
+    return (hidden + embedded) @ params["out"]["kernel"]
+
+
+def init_params(seed=0):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(0, 0.3, shape), jnp.float32)
+
+    return {
+        "embed": {"table": normal(VOCABULARY, WIDTH)},
+        "mix": {"kernel": normal(WIDTH, WIDTH), "bias": normal(WIDTH)},
+        "out": {"kernel": normal(WIDTH, VOCABULARY)},
+    }
+
+
+def make_sequences(count, seed=0):
+    rng = np.random.default_rng(seed)
+    result = []
+    for _ in range(count):
+        length = int(rng.integers(4, 12))
+        weights = np.ones(length, np.float32)
+        weights[: int(rng.integers(1, 3))] = 0
+        result.append(Sequence(rng.integers(0, VOCABULARY, length), weights))
+    return result
+
+
+def make_loader(**options):
+    options = {"rows_per_batch": 4, "row_length": ROW_LENGTH, "seed": 1} | options
+    return sft_batches(make_sequences(30), **options)
+
+
+def make_tx(total_steps=12):
+    return make_optimizer(
+        "adamw",
+        learning_rate=1e-2,
+        total_steps=total_steps,
+        warmup_steps=1,
+        weight_decay=0.1,
+        clip_norm=1.0,
+    )
+
+
+def run(workdir, *, train_step=None, total_steps=12, on_step=None, **options):
+    """One training run in `workdir`, with checkpoints and metrics."""
+    tx = make_tx(total_steps)
+    workdir = pathlib.Path(workdir)
+    return fit(
+        init_state(init_params(), tx),
+        train_step or make_train_step(apply_fn, sft_loss, tx),
+        options.pop("loader", None) or make_loader(),
+        total_steps=total_steps,
+        checkpoint_dir=workdir / "checkpoints",
+        checkpoint_every=options.pop("checkpoint_every", 5),
+        metrics_path=workdir / "metrics.jsonl",
+        log_every=options.pop("log_every", 2),
+        on_step=on_step,
+        **options,
+    )
+
+
+def digest(tree):
+    """Equal only for trees with equal bits."""
+    value = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(jax.device_get(tree))[0]:
+        value.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+    return value.hexdigest()
+
+
+def _run_program(pause, workdirs):
+    step = make_train_step(apply_fn, sft_loss, make_tx(60))
+    for workdir in workdirs:
+        result = run(
+            workdir,
+            train_step=step,
+            total_steps=60,
+            log_every=1,
+            on_step=lambda step, total, metrics: time.sleep(pause),
+        )
+        (pathlib.Path(workdir) / "final").write_text(f"{result.start_step} {digest(result.state)}")
+
+
+def _mesh_program():
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=axes)
+    specs = {
+        "embed": {"table": PartitionSpec("fsdp")},
+        "mix": {"kernel": PartitionSpec(None, "fsdp"), "bias": PartitionSpec()},
+        "out": {"kernel": PartitionSpec("fsdp")},
+    }
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    tx = make_tx()
+    loader = make_loader(rows_per_batch=16, micro_batches=2)
+    losses = []
+    for options, sharded in (({}, {}), ({"mesh": mesh}, {"param_shardings": shardings})):
+        state = init_state(init_params(), tx, **options, **sharded)
+        step = make_train_step(apply_fn, sft_loss, tx, accumulate=2, **options)
+        metrics = []
+        for number in range(4):
+            loaded = loader.batch(number)
+            state, values = step(state, loaded.batch, loaded.extras)
+            metrics.append([float(values["loss"]), float(values["grad_norm"])])
+        losses.append(metrics)
+        kernel = state.params["embed"]["table"]
+        print("shards", len({str(shard.index) for shard in kernel.addressable_shards}))
+        moment = state.opt_state.inner_state[1].mu["embed"]["table"]
+        print("moments like parameters", moment.sharding == kernel.sharding)
+    print("equal", np.allclose(losses[0], losses[1], rtol=1e-5))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "run":
+        _run_program(float(sys.argv[2]), sys.argv[3:])
+    else:
+        _mesh_program()
