@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -72,22 +73,30 @@ ENVIRONMENTS: Mapping[str, str] = {
 
 
 def make_env(name: str, **options: Any) -> Env:
-    """Makes an environment by its registered name.
+    """Makes an environment by its registered name, or from any class that follows `Env`.
 
     Args:
-      name: a key of `ENVIRONMENTS`.
+      name: a key of `ENVIRONMENTS`, or "module:Class" for an environment of your own. The module
+        must be importable wherever the environment is made, worker processes included.
       **options: keyword arguments of the environment's class.
 
     Raises:
-      ValueError: unknown name, or an option that the environment does not have.
+      ValueError: unknown name, no such module or class, or an option that the environment does not
+        have.
     """
-    if name not in ENVIRONMENTS:
+    target = ENVIRONMENTS.get(name, name)
+    module, _, class_name = target.partition(":")
+    if not module or not class_name:
+        known = ", ".join(sorted(ENVIRONMENTS))
         raise ValueError(
-            f"env.name: unknown environment {name!r}; known: {', '.join(sorted(ENVIRONMENTS))}"
+            f"env.name: unknown environment {name!r}; known: {known}; your own: module:Class"
         )
-    module, _, class_name = ENVIRONMENTS[name].partition(":")
-    cls = getattr(importlib.import_module(module), class_name)
     try:
-        return cls(**options)
+        cls = getattr(importlib.import_module(module), class_name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(f"env.name: cannot import {target!r}: {error}") from error
+    try:
+        inspect.signature(cls).bind(**options)
     except TypeError as error:
         raise ValueError(f"env.options: {name} cannot be made with {options!r}: {error}") from error
+    return cls(**options)

@@ -1,0 +1,429 @@
+"""Many environments at once, in this process or in worker processes that may crash and hang.
+
+One environment object per slot. A batched call runs all workers in parallel and returns when all
+have answered. What goes wrong with an environment becomes an `EnvFailure` in its slot, never an
+exception, so that it can be counted and is never scored as play.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import multiprocessing
+import signal
+import time
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from multiprocessing.connection import wait
+from typing import Any
+
+from w2sjax.envs.base import Outcome
+from w2sjax.envs.players import PlayedEpisode
+from w2sjax.envs.worker import SlotEnvs, run_worker
+from w2sjax.types import Status
+
+_START_TIMEOUT_S = 180.0  # a process that imports its environment and makes the first one
+_CLOSE_TIMEOUT_S = 5.0  # to close environments in peace; after that processes are killed
+
+
+@dataclasses.dataclass(frozen=True)
+class Reset:
+    """A started episode."""
+
+    first_observation: str
+    instruction: str
+    max_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvFailure:
+    """The environment or its worker broke; the slot has no episode until its next reset."""
+
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PlayRequest:
+    """One episode for `EnvPool.play`: the arguments of `players.play`."""
+
+    task_id: str
+    random_action_rate: float = 0.0
+    seed: int = 0
+
+
+class _Worker:
+    """A worker process as its parent sees it."""
+
+    def __init__(self, index: int, name: str, options: Mapping[str, Any]):
+        self.index = index
+        self.pending: dict[int, Hashable] = {}  # serial → whose request it is
+        self.ready = False
+        self.heard = time.monotonic()  # when it last said anything or was asked for something
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=run_worker,
+            args=(theirs, name, dict(options)),
+            name=f"{name} worker {index}",
+            daemon=True,
+        )
+        # Ctrl-C is blocked until the child ignores it; a signal for this process waits meanwhile.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        theirs.close()
+
+    def await_ready(self) -> None:
+        """Waits until the process has made its first environment.
+
+        Raises:
+          ValueError: the environment's name or options are wrong.
+          RuntimeError: it cannot be made, or the process died or hung before it was.
+        """
+        if self.ready:
+            return
+        try:
+            if not self.connection.poll(_START_TIMEOUT_S):
+                raise RuntimeError(f"{self.process.name} did not start in {_START_TIMEOUT_S:.0f} s")
+            kind, *details = self.connection.recv()
+        except (EOFError, OSError) as error:
+            self.process.join(_CLOSE_TIMEOUT_S)
+            raise RuntimeError(
+                f"{self.process.name} died at its start (exit code {self.process.exitcode}); its "
+                "own error output says why. A script that makes a pool with workers needs "
+                '`if __name__ == "__main__":`'
+            ) from error
+        if kind == "unusable":
+            error_kind, message = details
+            if error_kind == "wrong":
+                raise ValueError(message)
+            raise RuntimeError(f"{self.process.name} cannot start: {error_kind}: {message}")
+        self.ready = True
+        self.heard = time.monotonic()
+
+    def ask(self, requests: list[tuple[int, str, int | None, Any]]) -> None:
+        """Sends requests; one that cannot be sent shows as a dead process when replies are read."""
+        self.heard = time.monotonic()
+        try:
+            self.connection.send(requests)
+        except OSError:
+            self.process.kill()  # a broken pipe has no other use
+
+    def kill(self) -> int | None:
+        """Ends the process at once; returns its exit code."""
+        died = self.process.exitcode
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        return self.process.exitcode if died is None else died
+
+
+class EnvPool:
+    """A pool of environments, one per slot; a context manager.
+
+    Args:
+      name: what `make_env` takes: a registered name, or "module:Class".
+      options: keyword arguments of the environment's class; they must be picklable for workers.
+      num_slots: number of slots; slots are 0 … num_slots − 1.
+      num_workers: number of processes, at most `num_slots`; slot s lives in worker s modulo
+        num_workers. 0 runs everything in this process: best for fast environments, and without the
+        protection against crashes and hangs (exceptions are caught all the same).
+      timeout_s: a worker that gives no answer for so long while one of its environments is at work
+        is killed and started again.
+      max_restarts: how many such starts, of crashed workers too, there may be in the pool's life.
+
+    Attributes:
+      restarts: how many workers were started again so far.
+
+    Raises:
+      ValueError: a wrong argument, or wrong options of the environment.
+      RuntimeError: the environment cannot be made.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        *,
+        num_slots: int,
+        num_workers: int = 0,
+        timeout_s: float = 60.0,
+        max_restarts: int = 20,
+    ):
+        if num_slots < 1:
+            raise ValueError(f"num_slots: expected 1 or more, got {num_slots}")
+        if not 0 <= num_workers <= num_slots:
+            raise ValueError(f"num_workers: expected 0 to num_slots={num_slots}, got {num_workers}")
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s: expected a positive number of seconds, got {timeout_s}")
+        if max_restarts < 0:
+            raise ValueError(f"max_restarts: expected 0 or more, got {max_restarts}")
+        self.num_slots = num_slots
+        self.restarts = 0
+        self._name = name
+        self._options = dict(options)
+        self._timeout_s = timeout_s
+        self._max_restarts = max_restarts
+        self._serials = itertools.count()
+        self._running: set[int] = set()  # slots whose episode can go on
+        self._lost: dict[int, str] = {}  # slots whose episode broke: why
+        self._workers: list[_Worker] = []
+        self._local: SlotEnvs | None = None
+        self._closed = False
+        self._call = 0  # counts calls, so that an interrupted `play` can tell
+        if num_workers == 0:
+            self._local = SlotEnvs(name, self._options)
+            return
+        try:
+            for index in range(num_workers):
+                self._workers.append(_Worker(index, name, self._options))
+            for worker in self._workers:
+                worker.await_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> EnvPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def task_ids(self, split: str, count: int | None = None) -> list[str]:
+        """The environment's own `task_ids`.
+
+        Raises:
+          ValueError: the environment's own complaint about the split or the count.
+          RuntimeError: the environment broke.
+        """
+        slot = next((slot for slot in range(self.num_slots) if slot not in self._running), 0)
+        [(_, reply)] = self._exchange({slot: ("task_ids", (split, count))})
+        if reply[0] == "wrong":
+            raise ValueError(reply[1])
+        if reply[0] == "failure":
+            raise RuntimeError(f"{self._name}: {reply[1]}")
+        return reply[1]
+
+    def reset(self, requests: Mapping[int, str]) -> dict[int, Reset | EnvFailure]:
+        """Starts episodes.
+
+        Args:
+          requests: slot → task id. An episode under way in such a slot is given up.
+
+        Returns:
+          slot → the start of its episode, or what broke.
+        """
+        self._check_slots(requests)
+        results: dict[int, Reset | EnvFailure] = {}
+        for slot in requests:
+            self._running.discard(slot)
+            self._lost.pop(slot, None)
+        for slot, (kind, *details) in self._exchange(
+            {slot: ("reset", task_id) for slot, task_id in requests.items()}
+        ):
+            if kind == "failure":
+                results[slot] = self._fail(slot, details[0])
+            else:
+                self._running.add(slot)
+                results[slot] = Reset(*details)
+        return results
+
+    def step(self, requests: Mapping[int, str]) -> dict[int, Outcome | EnvFailure]:
+        """Performs one action in each of some slots.
+
+        Args:
+          requests: slot → action.
+
+        Returns:
+          slot → the outcome, or what broke (now, or since the last call).
+
+        Raises:
+          ValueError: a slot in which no episode was started.
+        """
+        return self._ask_running(requests, "step", lambda *details: Outcome(*details))
+
+    def admissible_actions(self, slots: Collection[int]) -> dict[int, list[str] | EnvFailure]:
+        """The admissible actions of some slots; like `step` in all else."""
+        return self._ask_running(dict.fromkeys(slots), "actions", list)
+
+    def play(
+        self, requests: Sequence[PlayRequest]
+    ) -> Iterator[tuple[int, PlayedEpisode | EnvFailure]]:
+        """Plays whole episodes inside the workers, without round trips.
+
+        Episodes that are under way in slots are given up.
+
+        Args:
+          requests: what to play.
+
+        Yields:
+          (index of the request, its episode or what broke), as they come.
+
+        Raises:
+          RuntimeError: the pool was used for something else before all episodes had come.
+        """
+        self._drop_stale()
+        call = self._call
+        for slot in self._running:
+            self._lost[slot] = "the episode was given up for EnvPool.play"
+        self._running.clear()
+        waiting = iter(enumerate(requests))
+        if self._local is not None:
+            for index, request in waiting:
+                yield index, _played(self._local.handle(*_play_request(0, request), _no_beat))
+                self._check_alone(call)
+            return
+        for worker in self._workers:
+            self._play_next(worker.index, waiting)
+        for (home, index), reply in self._collect():
+            self._play_next(home, waiting)
+            yield index, _played(reply)
+            self._check_alone(call)
+
+    def _check_alone(self, call: int) -> None:
+        if self._closed or self._call != call:
+            raise RuntimeError("EnvPool.play: the pool was used or closed before the last episode")
+
+    def _play_next(self, home: int, waiting: Iterator[tuple[int, PlayRequest]]) -> None:
+        """Gives a worker its next episode, if there is one."""
+        for index, request in waiting:
+            self._submit(home, {(home, index): _play_request(home, request)})
+            return
+
+    def close(self) -> None:
+        """Closes the environments and ends all workers; may be called twice."""
+        self._closed = True
+        if self._local is not None:
+            self._local.close()
+            self._local = None
+        for worker in self._workers:
+            if worker.ready and not worker.pending:
+                worker.ask(None)
+            else:
+                worker.process.kill()
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_S
+        for worker in self._workers:
+            worker.process.join(max(0.0, deadline - time.monotonic()))
+            worker.kill()
+        self._workers = []
+
+    # ---------------------------------------------------------------------------------- requests
+
+    def _check_slots(self, slots: Collection[int]) -> None:
+        for slot in slots:
+            if not 0 <= slot < self.num_slots:
+                raise ValueError(f"slot {slot}: this pool has slots 0 to {self.num_slots - 1}")
+
+    def _ask_running(self, arguments: Mapping[int, Any], operation: str, make: Any) -> dict:
+        self._check_slots(arguments)
+        results: dict[int, Any] = {}
+        requests = {}
+        for slot, argument in arguments.items():
+            if slot in self._lost:
+                results[slot] = EnvFailure(self._lost[slot])
+            elif slot in self._running:
+                requests[slot] = (operation, argument)
+            else:
+                raise ValueError(f"slot {slot} has no episode: call reset first")
+        for slot, (kind, *details) in self._exchange(requests):
+            results[slot] = self._fail(slot, *details) if kind == "failure" else make(*details)
+        return results
+
+    def _fail(self, slot: int, message: str) -> EnvFailure:
+        self._running.discard(slot)
+        self._lost[slot] = f"{self._name}: {message}"
+        return EnvFailure(self._lost[slot])
+
+    def _exchange(self, requests: Mapping[int, tuple[str, Any]]) -> Iterator[tuple[int, tuple]]:
+        """Sends one request per slot; yields (slot, reply) as they come."""
+        self._drop_stale()
+        if self._local is not None:
+            for slot, (operation, argument) in requests.items():
+                yield slot, self._local.handle(operation, slot, argument, _no_beat)
+            return
+        batches: dict[int, dict[Hashable, tuple]] = {}
+        for slot, (operation, argument) in requests.items():
+            home = slot % len(self._workers)
+            batches.setdefault(home, {})[slot] = (operation, slot, argument)
+        for home, batch in batches.items():
+            self._submit(home, batch)
+        yield from self._collect()
+
+    def _drop_stale(self) -> None:
+        """Reads away what an interrupted call has left; refuses to work after the end."""
+        if self._closed:
+            raise RuntimeError("this EnvPool is closed")
+        self._call += 1
+        for _ in self._collect():
+            pass
+
+    def _submit(self, home: int, batch: Mapping[Hashable, tuple[str, int | None, Any]]) -> None:
+        worker = self._workers[home]
+        worker.await_ready()
+        requests = []
+        for key, request in batch.items():
+            serial = next(self._serials)
+            worker.pending[serial] = key
+            requests.append((serial, *request))
+        worker.ask(requests)
+
+    def _collect(self) -> Iterator[tuple[Any, tuple]]:
+        """Yields (key, reply) until nothing is pending; workers that die or hang are replaced."""
+        while busy := [worker for worker in self._workers if worker.pending]:
+            deadline = min(worker.heard for worker in busy) + self._timeout_s
+            heard = wait(
+                [worker.connection for worker in busy], max(0.0, deadline - time.monotonic())
+            )
+            for worker in busy:
+                if worker.connection in heard:
+                    try:
+                        serial, reply = worker.connection.recv()
+                    except (EOFError, OSError):
+                        yield from self._replace(worker, "died")
+                        continue
+                    worker.heard = time.monotonic()
+                    if reply[0] != "beat":
+                        yield worker.pending.pop(serial), reply
+                elif (
+                    time.monotonic() >= worker.heard + self._timeout_s
+                    and not worker.connection.poll()  # it may have spoken since we looked
+                ):
+                    yield from self._replace(worker, f"gave no answer for {self._timeout_s:g} s")
+
+    def _replace(self, worker: _Worker, what: str) -> Iterator[tuple[Any, tuple]]:
+        """Kills a worker and starts another; yields a failure for each of its pending requests."""
+        if what == "died":
+            worker.process.join(_CLOSE_TIMEOUT_S)
+            what = f"died (exit code {worker.kill()})"
+        else:
+            worker.kill()
+        message = f"{worker.process.name} {what}"
+        self.restarts += 1
+        for slot in [s for s in self._running if s % len(self._workers) == worker.index]:
+            self._fail(slot, message)
+        if self.restarts > self._max_restarts:
+            self.close()
+            raise RuntimeError(
+                f"env pool: {message}, and max_restarts={self._max_restarts} is used up. Look for "
+                "the reason in the workers' error output, or allow more restarts or a longer "
+                "timeout_s"
+            )
+        self._workers[worker.index] = _Worker(worker.index, self._name, self._options)
+        for key in worker.pending.values():
+            yield key, ("failure", message)
+
+
+def _play_request(slot: int, request: PlayRequest) -> tuple[str, int, tuple]:
+    return "play", slot, (request.task_id, request.random_action_rate, request.seed)
+
+
+def _played(reply: tuple) -> PlayedEpisode | EnvFailure:
+    kind, details = reply
+    if kind == "failure":
+        return EnvFailure(details)
+    return PlayedEpisode(**{**details, "status": Status(details["status"])})
+
+
+def _no_beat() -> None:
+    """In this process nobody waits for signs of life."""
