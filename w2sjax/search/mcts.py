@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 
+from w2sjax.search import parallel, sequential
+from w2sjax.search.batched import batched
 from w2sjax.trees.build import end_values
+from w2sjax.trees.compress import compress_chains
 from w2sjax.types import TrajectoryTree
+
+FORMS = ("auto", "parallel", "sequential")
+
+# The parallel form records every visit. Trees are searched in chunks whose record stays below this.
+_MAX_RECORD_BYTES = 2**27
 
 
 @chex.dataclass(frozen=True)
@@ -32,6 +42,7 @@ def run_mcts(
     discount: float = 1.0,
     stop_as_child: bool = True,
     priors: chex.Array | None = None,
+    form: str = "auto",
 ) -> SearchResult:
     """Runs simulations of UCT (or PUCT) on the tree and returns what they left.
 
@@ -55,75 +66,120 @@ def run_mcts(
       stop_as_child: False ignores ends at inner nodes, as the paper's reference code does.
       priors: float [N], prior of the step into each node (`step_priors`); turns on PUCT. The prior
         of stopping is what is left over, 1 − Σ priors of the children, not below 0.
+      form: "parallel", "sequential", or "auto", which is parallel unless the record of a single tree would
+        be too large. The forms differ in speed and memory, not in result.
 
     Returns:
       `SearchResult`; all zeros for a tree without trajectories.
     """
     chex.assert_rank([tree.parent, tree.trajectory_node], [1, 2])
+    if form not in FORMS:
+        raise ValueError(f"form: got {form!r}; known: {', '.join(FORMS)}")
     num_nodes = tree.parent.shape[0]
-    values, _ = end_values(tree)
-    dtype = values.dtype
-    width = tree.trajectory_node.shape[0]
-    stop = stop_as_child & (tree.terminal_count > 0) & (tree.num_children > 0)
-    gamma = jnp.asarray(discount, dtype)
-    steps = tree.trajectory_node.shape[1]
-    slots = jnp.arange(width + 1)
+    table = compress_chains(tree, stop_as_child=stop_as_child)
+    slot_priors = None
     if priors is not None:
         chex.assert_shape(priors, (num_nodes,))
         up = jnp.where(tree.parent >= 0, tree.parent, num_nodes)
-        left = 1 - jnp.zeros((num_nodes,), dtype).at[up].add(priors.astype(dtype), mode="drop")
-        stop_priors = jnp.maximum(left, 0)
-
-    def simulate(carry, _):
-        visits, sums, stop_visits, stop_sums = carry
-
-        def descend(state):
-            node, depth, path, _ = state
-            child = jnp.where(slots == 0, node, tree.first_child[node] + slots - 1)
-            valid = jnp.where(slots == 0, stop[node], slots <= tree.num_children[node])
-            child = jnp.where(valid, child, 0)
-            n = jnp.where(slots == 0, stop_visits[node], visits[child])
-            s = jnp.where(slots == 0, stop_sums[node], gamma * sums[child])
-            n = jnp.where(valid, n, 0)
-            total = jnp.sum(n).astype(dtype)
-            m = jnp.maximum(n, 1).astype(dtype)
-            if priors is None:
-                score = s / m + exploration_weight * jnp.sqrt(jnp.log(jnp.maximum(total, 1)) / m)
-                score = jnp.where(n == 0, jnp.inf, score)
-            else:
-                p = jnp.where(slots == 0, stop_priors[node], priors[child])
-                score = s / m + exploration_weight * p * jnp.sqrt(total) / (1 + n.astype(dtype))
-            choice = jnp.argmax(jnp.where(valid, score, -jnp.inf))
-            stopped = choice == 0
-            depth = depth + ~stopped
-            node = child[choice]
-            path = path.at[jnp.where(stopped, steps, depth)].set(node, mode="drop")
-            return node, depth, path, stopped
-
-        def going(state):
-            node, _, _, stopped = state
-            return (tree.num_children[node] > 0) & ~stopped
-
-        path = jnp.full((steps,), num_nodes, jnp.int32).at[0].set(0)
-        node, depth, path, stopped = jax.lax.while_loop(
-            going, descend, (jnp.int32(0), jnp.int32(0), path, jnp.bool_(False))
+        rest = 1 - jnp.zeros((num_nodes,), priors.dtype).at[up].add(priors, mode="drop")
+        stop_prior = jnp.maximum(rest, 0)[table.slot_entry]
+        slot_priors = jnp.where(table.slot_stop, stop_prior, priors[table.slot_entry])
+    search = batched(
+        functools.partial(
+            _slot_visits,
+            num_simulations=num_simulations,
+            exploration_weight=exploration_weight,
+            discount=discount,
+            form=form,
         )
-        value = values[node]
-        found = value * gamma ** (depth - jnp.arange(steps)).astype(dtype)
-        visits = visits.at[path].add(1, mode="drop")
-        sums = sums.at[path].add(found, mode="drop")
-        stop_visits = stop_visits.at[node].add(stopped)
-        stop_sums = stop_sums.at[node].add(jnp.where(stopped, value, 0))
-        return (visits, sums, stop_visits, stop_sums), None
-
-    counts = jnp.zeros((num_nodes,), jnp.int32)
-    zeros = jnp.zeros((num_nodes,), dtype)
-    (visits, sums, stop_visits, _), _ = jax.lax.scan(
-        simulate, (counts, zeros, counts, zeros), length=num_simulations
     )
-    empty = tree.data_count[0] == 0
+    counts = search(jax.lax.stop_gradient((table, slot_priors)))
+    return _expand(tree, table, counts, num_simulations, discount)
+
+
+def _slot_visits(inputs, *, num_simulations, exploration_weight, discount, form):
+    """Visits of every choice, int32 [B, S], by the form and the width that fit."""
+    table, priors = inputs
+    num_trees, num_branchings = table.node.shape
+    itemsize = table.slot_value.dtype.itemsize
+    options = dict(
+        num_simulations=num_simulations,
+        exploration_weight=exploration_weight,
+        discount=discount,
+    )
+    widths = [2]
+    while widths[-1] < num_branchings + 1:  # no branching has more choices than trajectories
+        widths.append(min(2 * widths[-1], num_branchings + 1))
+
+    def run(width, inputs):
+        size = parallel.bytes_per_tree(table, num_simulations, width, itemsize)
+        chunk = min(_MAX_RECORD_BYTES // size, num_trees)
+        if form == "sequential" or (form == "auto" and chunk < 1):
+            return sequential.slot_visits(*inputs, width=width, **options)
+        search = functools.partial(parallel.slot_visits, width=width, **options)
+        return _in_chunks(lambda x: search(*x), inputs, max(chunk, 1))
+
+    most = jnp.max(table.num_slots)
+    branch = jnp.searchsorted(jnp.asarray(widths), most)
+    return jax.lax.switch(branch, [functools.partial(run, width) for width in widths], inputs)
+
+
+def _in_chunks(function, inputs, chunk):
+    """Applies a function of batches to batches of `chunk` rows, one after the other."""
+    size = jax.tree.leaves(inputs)[0].shape[0]
+    if chunk >= size:
+        return function(inputs)
+    number = -(-size // chunk)
+    chunk = -(-size // number)
+    padding = number * chunk - size
+
+    def cut(x):
+        # Rows of zeros are trees without branchings.
+        x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)])
+        return x.reshape(number, chunk, *x.shape[1:])
+
+    result = jax.lax.map(function, jax.tree.map(cut, inputs))
+    return result.reshape(number * chunk, *result.shape[2:])[:size]
+
+
+def _expand(tree, table, counts, num_simulations, discount):
+    """From the visits of choices to those of nodes, and their value sums."""
+    num_nodes = tree.parent.shape[0]
+    values, _ = end_values(tree)
+    dtype = values.dtype
+    gamma = jnp.asarray(discount, dtype)
+    is_end = table.slot_child < 0
+
+    # Value sums follow from the counts, bottom up; nothing that search has rounded enters.
+    def up(sums, slot):
+        below = jnp.where(is_end[slot], ends[slot], sums[table.slot_child[slot]])
+        gain = below * gamma ** table.slot_steps[slot].astype(dtype)
+        return sums.at[table.slot_branching[slot]].add(gain), below
+
+    ends = counts.astype(dtype) * table.slot_value
+    slots = jnp.arange(counts.shape[0])
+    start = jnp.zeros(table.node.shape, dtype)
+    sums, slot_sums = jax.lax.scan(up, start, slots, reverse=True)
+
+    # At the ends of chains; the chain of the root is nobody's choice.
+    present = tree.data_count[0] > 0
+    top = table.chain_end[0]
+    all_visits = jnp.where(present, num_simulations, 0)
+    top_sum = jnp.where(
+        table.num_branchings > 0, sums[0], all_visits.astype(dtype) * values[top]
+    )
+    at = jnp.where(table.slot_mask & ~table.slot_stop, table.slot_end, num_nodes)
+    end_visits = jnp.zeros((num_nodes,), jnp.int32).at[at].set(counts, mode="drop")
+    end_sums = jnp.zeros((num_nodes,), dtype).at[at].set(slot_sums, mode="drop")
+    end_visits, end_sums = end_visits.at[top].set(all_visits), end_sums.at[top].set(top_sum)
+
+    steps = (tree.depth[table.chain_end] - tree.depth).astype(dtype)
+    node_visits = end_visits[table.chain_end]
+    exists = jnp.arange(num_nodes) < tree.num_nodes
+    stops = jnp.where(table.slot_stop, table.node[table.slot_branching], num_nodes)
+    stop_visits = jnp.where(tree.num_children == 0, node_visits, 0)
     return SearchResult(
-        node_visits=jnp.where(empty, 0, visits),
-        value_sum=jnp.where(empty, 0, sums),
-        stop_visits=jnp.where(empty, 0, stop_visits),
+        node_visits=jnp.where(exists, node_visits, 0),
+        value_sum=jnp.where(exists, end_sums[table.chain_end] * gamma**steps, 0),
+        stop_visits=jnp.where(exists, stop_visits.at[stops].set(counts, mode="drop"), 0),
     )
