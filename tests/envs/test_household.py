@@ -495,3 +495,13 @@ def test_wrong_requests_for_tasks():
     for call in (env.admissible_actions, env.expert_action, lambda: env.step("look")):
         with pytest.raises(RuntimeError, match="reset"):
             call()
+
+
+def test_families_can_be_chosen_and_stay_balanced_and_split():
+    env = Household(families=("look", "put"))
+    worlds = [env.world(t) for t in env.task_ids("train", 200)]
+    assert (
+        [w.family for w in worlds].count("look") == [w.family for w in worlds].count("put") == 100
+    )
+    with pytest.raises(ValueError, match=r"env\.options\.families.*sing"):
+        Household(families=("sing",))

@@ -19,9 +19,12 @@ episode whose goal has become impossible ends at once: no success, score 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from w2sjax.envs.base import Outcome
 from w2sjax.envs.household_worlds import (
     CLOSED_KINDS,
+    FAMILIES,
     MATERIALS,
     PROPERTIES,
     RUIN,
@@ -44,8 +47,8 @@ class Household:
     """The built-in environment (see the module's text). Follows `w2sjax.envs.base.Env`.
 
     Task ids are "household/<split>/<index>", with any index from 0 on; every six consecutive ones
-    from a multiple of six hold each family once. A world is a function of its task id and of the
-    options that shape worlds. `household_worlds.py` says how the splits are kept apart.
+    from a multiple of six hold each family once (every n, where n `families` are in use). A world
+    is a function of its task id and of the options that shape worlds. `household_worlds.py` says how the splits are kept apart.
 
     Observations are functions of the state. The score is the best progress over sub-goals so far:
     with the wanted thing in hand 1/2 (put, look) or 1/3, then 2/3 once it is cleaned, heated or
@@ -57,6 +60,7 @@ class Household:
       num_object_types: how many types of things there are, 4 to 12.
       max_receptacles: rooms have 3 to this many places to search, 3 to 6.
       num_distractors: things of other types in a room; less than `num_object_types`.
+      families: the task families in use, some of put, look, clean, heat, cool, two.
       instruction: another system message; None for the built-in one, which lists the commands.
 
     Raises:
@@ -72,6 +76,7 @@ class Household:
         num_object_types: int = 8,
         max_receptacles: int = 4,
         num_distractors: int = 3,
+        families: Sequence[str] = FAMILIES,
         instruction: str | None = None,
     ):
         self.max_steps = _check_int("max_steps", max_steps, 1, 10_000)
@@ -81,6 +86,11 @@ class Household:
             "max_receptacles": _check_int("max_receptacles", max_receptacles, 3, 6),
             "num_distractors": _check_int("num_distractors", num_distractors, 0, num_types - 1),
         }
+        if not families or not set(families) <= set(FAMILIES):
+            raise ValueError(
+                f"env.options.families: expected some of {', '.join(FAMILIES)}, got {families!r}"
+            )
+        self._world_options["families"] = tuple(f for f in FAMILIES if f in families)
         if instruction is not None and (not isinstance(instruction, str) or not instruction):
             raise ValueError(
                 f"env.options.instruction: expected a text or None, got {instruction!r}"

@@ -125,13 +125,19 @@ def split_of(world: World) -> str:
     return _seen_split(world.fingerprint)
 
 
-def family_of(split: str, index: int) -> str:
-    """The family of a task: every six consecutive tasks from a multiple of six hold each once."""
-    return _family_block(split, index // 6)[index % 6]
+def family_of(split: str, index: int, families: tuple[str, ...] = FAMILIES) -> str:
+    """The family of a task: every n consecutive tasks from a multiple of n hold each of n once."""
+    return _family_block(split, index // len(families), families)[index % len(families)]
 
 
 def draw_world(
-    split: str, index: int, *, types: Sequence[str], max_receptacles: int, num_distractors: int
+    split: str,
+    index: int,
+    *,
+    types: Sequence[str],
+    max_receptacles: int,
+    num_distractors: int,
+    families: tuple[str, ...] = FAMILIES,
 ) -> World:
     """Draws the world of a task: a function of the arguments, in every process.
 
@@ -141,9 +147,10 @@ def draw_world(
       types: the types of things in use; at least one is not of paper.
       max_receptacles: places to search are 3 to this many.
       num_distractors: things of other types than the wanted one; below `len(types)`.
+      families: the families in use, in the order of `FAMILIES`.
     """
     rng = random.Random(_hash(f"world {split} {index}"))
-    family = family_of(split, index)
+    family = family_of(split, index, families)
     layouts = _layouts(max_receptacles)
     unseen = split == "test_unseen"
     goal_types = [
@@ -198,9 +205,9 @@ def _sample(rng: random.Random, options: list[_Item], count: int) -> list[_Item]
 
 
 @functools.lru_cache(maxsize=4096)
-def _family_block(split: str, block: int) -> list[str]:
+def _family_block(split: str, block: int, families: tuple[str, ...]) -> list[str]:
     rng = random.Random(_hash(f"families {split} {block}"))
-    return _sample(rng, list(FAMILIES), len(FAMILIES))
+    return _sample(rng, list(families), len(families))
 
 
 @functools.cache

@@ -38,8 +38,9 @@ def play(env: Env, task_id: str, *, random_action_rate: float, seed: int) -> Pla
     Args:
       env: any environment; its current task is given up.
       task_id: the task to play.
-      random_action_rate: at each step the probability, in [0, 1], of a uniformly drawn admissible
-        action instead of the expert's. Where nothing is admissible the expert is asked.
+      random_action_rate: at each step the probability, in [0, 1], of a random action instead of the
+        expert's: a uniform draw from all that was admissible at some step of the episode so far. It
+        may make no sense any more, so that what follows such a slip is on record, too.
       seed: the episode is a function of the task, the rate and the seed.
 
     Returns:
@@ -57,9 +58,14 @@ def play(env: Env, task_id: str, *, random_action_rate: float, seed: int) -> Pla
     observations: list[str] = []
     scores: list[float] = []
     status = Status.STEP_LIMIT
+    known: set[str] = set()
     for _ in range(env.max_steps):
-        choices = env.admissible_actions() if rng.random() < random_action_rate else []
-        action = choices[int(rng.random() * len(choices))] if choices else env.expert_action()
+        if random_action_rate > 0:
+            known.update(env.admissible_actions())
+        if rng.random() < random_action_rate and known:
+            action = sorted(known)[int(rng.random() * len(known))]
+        else:
+            action = env.expert_action()
         outcome = env.step(action)
         actions.append(action)
         observations.append(outcome.observation)
