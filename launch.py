@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from w2sjax import pipeline
@@ -23,6 +23,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(
             f"unexpected argument {argv[1]!r}; settings are flags like --config.seed=1"
         )
+    logging.set_verbosity(logging.WARNING)
     workdir = _WORKDIR.value or f"runs/{_CONFIG.value.name}"
     try:
         pipeline.run(_CONFIG.value, workdir, start_over=_START_OVER.value)

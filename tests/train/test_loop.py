@@ -2,10 +2,7 @@
 
 import json
 import os
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -71,25 +68,18 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, train_step, unin
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    program = pathlib.Path(tiny_lm.__file__)
-    root = str(program.parents[2])
-    environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-
-    def start(pause, *names):
-        workdirs = [str(tmp_path / name) for name in names]
-        command = [sys.executable, str(program), "run", str(pause), *workdirs]
-        return subprocess.Popen(command, env=environment)
-
-    victim = start(0.05, "killed")
+    victim = tiny_lm.start_program("run", 0.05, tmp_path / "killed")
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not metrics.exists() or metrics.read_bytes().count(b"\n") < 23:
         assert victim.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(victim.pid, signal.SIGKILL)
-    victim.wait()
+    victim.communicate()
     assert not (tmp_path / "killed" / "final").exists()
-    assert start(0, "killed", "whole").wait(timeout=240) == 0
+    survivor = tiny_lm.start_program("run", 0, tmp_path / "killed", tmp_path / "whole")
+    survivor.communicate(timeout=240)
+    assert survivor.returncode == 0
     started, final = (tmp_path / "killed" / "final").read_text().split()
     assert int(started) in range(10, 30, 5)
     assert f"0 {final}" == (tmp_path / "whole" / "final").read_text()

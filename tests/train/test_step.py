@@ -2,10 +2,6 @@
 
 import functools
 import math
-import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -168,24 +164,13 @@ def test_a_wrong_batch_is_named():
 
 
 def test_eight_devices_give_the_numbers_of_one():
-    program = pathlib.Path(tiny_lm.__file__)
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, program, "mesh"],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": _root()},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    program = tiny_lm.start_program("mesh", XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    printed, _ = program.communicate(timeout=300)
+    assert program.returncode == 0
+    assert printed.splitlines() == [
         "shards 1",
         "moments like parameters True",
         "shards 4",
         "moments like parameters True",
         "equal True",
     ]
-
-
-def _root():
-    return str(pathlib.Path(__file__).parents[2])

@@ -6,7 +6,9 @@ seconds slower per update, and writes a hash of the final state to WORKDIR/final
 """
 
 import hashlib
+import os
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -20,6 +22,22 @@ from w2sjax.losses import sft_loss
 from w2sjax.train import fit, init_state, make_optimizer, make_train_step
 
 VOCABULARY, WIDTH, ROW_LENGTH = 24, 8, 24
+
+
+def start_program(*arguments, **environment):
+    """Starts this file as a program of its own, on the CPU, compiling fast as conftest.py has it."""
+    root = pathlib.Path(__file__).parents[2]
+    fixed = {
+        "PYTHONPATH": str(root),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, __file__, *map(str, arguments)],
+        env=os.environ | fixed | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def apply_fn(params, tokens, *, positions, subtree_end):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from w2sjax.envs import EnvPool, PlayRequest
 from w2sjax.pipeline.manifests import Stage
 from w2sjax.report import progress_bar
 from w2sjax.sampling import (
+    CollectStats,
     EpisodeRequest,
     Sampler,
     SamplerSettings,
@@ -29,7 +30,6 @@ from w2sjax.sampling import (
     make_sampler,
     play_episodes,
     read_trajectories,
-    write_trajectories,
 )
 from w2sjax.types import Policy, Trajectory
 
@@ -43,13 +43,11 @@ def read_episodes(stage: Stage) -> list[Trajectory]:
     return read_trajectories(stage.directory / EPISODES)
 
 
-@dataclasses.dataclass
 class Jobs:
     """The settings and the compiled functions that jobs share."""
 
-    config: ml_collections.ConfigDict
-
-    def __post_init__(self) -> None:
+    def __init__(self, config: ml_collections.ConfigDict):
+        self.config = config
         self.mesh = parallel.make_mesh(**self.config.mesh)
         self._samplers: dict[tuple, Sampler] = {}
         self._train_steps: dict[tuple, train.TrainStep] = {}
@@ -75,7 +73,6 @@ class Jobs:
         requests: Sequence[PlayRequest],
         *,
         policy_name: str,
-        seed: int,
     ) -> dict[str, Any]:
         """Writes whole episodes of the environment's expert, with as many random steps as wanted."""
         with progress_bar(f"episodes, {policy_name}", len(requests), "episodes") as update:
@@ -84,10 +81,9 @@ class Jobs:
                 requests,
                 env_name=self.config.env.name,
                 policy_name=policy_name,
-                seed=seed,
-                progress=update,
+                progress=lambda done, _total: update(done, ""),
             )
-        write_trajectories(directory / EPISODES, episodes)
+        _write_episodes(directory / EPISODES, episodes)
         return _episode_facts(episodes)
 
     def sample(
@@ -144,12 +140,14 @@ class Jobs:
                     policy_name=policy_name,
                     seed=seed,
                     on_done=out.write,
-                    progress=lambda count, _total, note="": update(len(done) + count, note),
+                    progress=lambda count, _total, stats: update(
+                        len(done) + count, _share_text(stats)
+                    ),
                 )
-                facts = {"sampling": dataclasses.asdict(stats)}
+                facts = {"sampling": _sampling_facts(stats)}
         order = {(r.task_id, r.rollout): i for i, r in enumerate(requests)}
         episodes = sorted(read_trajectories(path), key=lambda t: order[t.task_id, t.rollout])
-        write_trajectories(path, episodes)
+        _write_episodes(path, episodes)
         return _episode_facts(episodes) | facts
 
     # -------------------------------------------------------------------------------- models
@@ -397,6 +395,36 @@ def _require(items: Sequence, title: str, source: str) -> None:
             "(config.rollouts.per_task, config.tasks.train), strengthen the weak policy "
             "(config.weak.steps), or drop the method from config.methods."
         )
+
+
+def _write_episodes(path: Path, episodes: Sequence[Trajectory]) -> None:
+    """Writes a whole file of episodes, so that a reader sees the old or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    with TrajectoryWriter(temporary) as out:
+        for episode in episodes:
+            out.write(episode)
+    os.replace(temporary, path)
+
+
+def _sampling_facts(stats: CollectStats) -> dict[str, Any]:
+    """How the sampling went; the part of it that an interrupted run had done before is not in."""
+    return {
+        "episodes": stats.episodes,
+        "episodes_per_second": round(stats.episodes / max(stats.seconds, 1e-9), 2),
+        "sampled_tokens": stats.sampled_tokens,
+        "model_seconds": round(stats.model_seconds, 2),
+        "env_seconds": round(stats.env_seconds, 2),
+        "slot_use": round(stats.turns / max(1, stats.slot_rounds), 3),
+    }
+
+
+def _share_text(stats: CollectStats) -> str:
+    seconds = max(stats.seconds, 1e-9)
+    return (
+        f"{stats.sampled_tokens / seconds:.0f} tokens/s, model {stats.model_seconds / seconds:.0%}, "
+        f"environment {stats.env_seconds / seconds:.0%}"
+    )
 
 
 def _episode_facts(episodes: Sequence[Trajectory]) -> dict[str, Any]:

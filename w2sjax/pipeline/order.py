@@ -213,7 +213,7 @@ class _Run:
                 )
                 for task in pool.task_ids("pretrain", c.episodes)
             ]
-            facts = self.jobs.play(directory, pool, requests, policy_name="player", seed=c.seed)
+            facts = self.jobs.play(directory, pool, requests, policy_name="player")
         texts = []
         for episode in read_trajectories(directory / EPISODES):
             texts += [episode.instruction, episode.first_observation]
@@ -245,7 +245,7 @@ class _Run:
         seed = self.config.seed
         with self.jobs.pool(slots=1) as pool:
             requests = [PlayRequest(task, 0.0, seed) for task in self._tasks(pool, split, count)]
-            return self.jobs.play(directory, pool, requests, policy_name="expert", seed=seed)
+            return self.jobs.play(directory, pool, requests, policy_name="expert")
 
     def _make_rollouts(self, weak: Stage, directory: Path) -> dict[str, Any]:
         c = self.config
