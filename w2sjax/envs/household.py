@@ -48,7 +48,8 @@ class Household:
 
     Task ids are "household/<split>/<index>", with any index from 0 on; every six consecutive ones
     from a multiple of six hold each family once (every n, where n `families` are in use). A world
-    is a function of its task id and of the options that shape worlds. `household_worlds.py` says how the splits are kept apart.
+    is a function of its task id and of the options that shape worlds. `household_worlds.py` says
+    how the splits are kept apart.
 
     Observations are functions of the state. The score is the best progress over sub-goals so far:
     with the wanted thing in hand 1/2 (put, look) or 1/3, then 2/3 once it is cleaned, heated or

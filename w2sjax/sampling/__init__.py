@@ -1,0 +1,27 @@
+"""Sampling: how a policy's answers are drawn, how it plays environments, and episodes on disk."""
+
+from w2sjax.sampling.collect import CollectStats, EpisodeRequest, collect
+from w2sjax.sampling.demonstrations import play_episodes
+from w2sjax.sampling.sampler import (
+    Sampler,
+    SamplerSettings,
+    SlotState,
+    TurnResult,
+    make_sampler,
+)
+from w2sjax.sampling.store import TrajectoryFileError, TrajectoryWriter, read_trajectories
+
+__all__ = [
+    "CollectStats",
+    "EpisodeRequest",
+    "Sampler",
+    "SamplerSettings",
+    "SlotState",
+    "TrajectoryFileError",
+    "TrajectoryWriter",
+    "TurnResult",
+    "collect",
+    "make_sampler",
+    "play_episodes",
+    "read_trajectories",
+]

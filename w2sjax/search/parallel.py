@@ -92,8 +92,7 @@ def slot_visits(
     valid = valid.reshape(width, columns)
 
     def play(state):
-        step, counts, returns, sums, carries = state
-        count = jax.lax.dynamic_index_in_dim(counts, step, keepdims=False)
+        step, count, counts, returns, sums, carries = state
         visit = step - flat_height
         n = count.astype(dtype)
         total = jnp.maximum(visit, 0).astype(dtype)
@@ -114,19 +113,21 @@ def slot_visits(
         chosen = (jnp.arange(width)[:, None] == pick) & (visit >= 0)
         if discounted:
             value = value * jnp.sum(jnp.where(chosen, factor, 0), axis=0)
+        # The barrier keeps the read of the record out of the write to it, which then needs no copy.
+        value = jax.lax.optimization_barrier(value)
         returns = jax.lax.dynamic_update_slice(returns, value, (step * columns,))
-        new = jnp.where(chosen, count + jnp.ones((), count_dtype), count)
-        counts = jax.lax.dynamic_update_index_in_dim(counts, new, step + 1, axis=0)
+        count = jax.lax.optimization_barrier(count + chosen.astype(count_dtype))
+        counts = jax.lax.dynamic_update_index_in_dim(counts, count, step + 1, axis=0)
         new_sums, new_carries = add_compensated(sums, carries, value)
         sums = jnp.where(chosen, new_sums, sums)
         carries = jnp.where(chosen, new_carries, carries)
-        return step + 1, counts, returns, sums, carries
+        return step + 1, count, counts, returns, sums, carries
 
     zeros = jnp.zeros((width, columns), dtype)
     counts = jnp.zeros((rows, width, columns), count_dtype)
-    _, counts, *_ = jax.lax.while_loop(
-        lambda state: state[0] < last_step, play, (jnp.int32(0), counts, returns, zeros, zeros)
-    )
+    start = (jnp.int32(0), counts[0], counts, returns, zeros, zeros)
+    state = jax.lax.while_loop(lambda state: state[0] < last_step, play, start)
+    counts = state[2]
 
     # Down from the root: how often was each branching really visited?
     visits = jnp.zeros((num_branchings, num_trees), jnp.int32)
