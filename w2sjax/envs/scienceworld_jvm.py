@@ -1,0 +1,300 @@
+"""ScienceWorld simulators that share one JVM per process.
+
+The simulator's jar keeps exactly three things outside its simulator objects: the counter of object ids,
+the set of simplifications, and Scala's global random numbers. `Simulator` saves and restores them when
+turns pass from one simulator to another, so that each behaves as if it were alone in its JVM. One JVM
+then serves all slots of a worker process: its code is compiled once, and a simulator costs about 1 MB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from w2sjax.envs.java import find_java
+
+_STOP_SECONDS = 5.0
+# The generator behind scala.util.Random is java.util.Random: 48 bits, x ← x·a + c, output x >> 16.
+_LCG_A, _LCG_C, _LCG_MASK = 0x5DEECE66D, 0xB, (1 << 48) - 1
+_LCG_A_INVERSE = pow(_LCG_A, -1, 1 << 48)
+
+
+class _SharedState(NamedTuple):
+    """What the jar keeps in globals, as one simulator left it."""
+
+    next_object_id: int
+    random_state: int  # the 48 bits of java.util.Random
+    simplifications: str
+
+
+def check_packages() -> None:
+    """Raises ImportError, saying what to install, where ScienceWorld's packages are missing."""
+    missing = [name for name in ("scienceworld", "py4j") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"the ScienceWorld environment needs the package(s) {', '.join(missing)}: "
+            "pip install -e '.[scienceworld]'"
+        )
+
+
+class _Jvm:
+    """A running JVM with ScienceWorld's jar, and whose turn it is."""
+
+    def __init__(self, java: str, heap_mb: int):
+        import scienceworld.constants
+        from py4j.java_gateway import GatewayParameters, JavaGateway, find_jar_path
+
+        class_path = os.pathsep.join((find_jar_path(), scienceworld.constants.JAR_PATH))
+        # A quarter of the heap for young objects: a step makes megabytes of garbage, and nearly nothing stays.
+        command = [
+            java,
+            f"-Xmx{heap_mb}m",
+            f"-Xmn{heap_mb // 4}m",
+            "-XX:+UseSerialGC",
+            "-cp",
+            class_path,
+        ]
+        command += ["py4j.GatewayServer", "--die-on-broken-pipe", "--enable-auth", "0"]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
+        # In a process group of its own, Ctrl-C reaches Python alone; the end of its standard input ends it.
+        self.process = subprocess.Popen(
+            command,
+            cwd=scienceworld.constants.BASEPATH,  # the jar reads a table from there
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            process_group=0,
+        )
+        port, token = self.process.stdout.readline(), self.process.stdout.readline()
+        if not token.strip():
+            self.process.kill()
+            self._errors.seek(0)
+            said = self._errors.read().decode(errors="replace").strip()[-500:]
+            self.stop()
+            raise RuntimeError(f"ScienceWorld's JVM did not start ({' '.join(command)}): {said}")
+        self.gateway = JavaGateway(
+            gateway_parameters=GatewayParameters(
+                port=int(port), auth_token=token.decode().strip(), auto_field=True
+            )
+        )
+        jvm = self.gateway.jvm
+        # The jar prints every object it sees. Silence it before Scala takes hold of the stream.
+        jvm.java.lang.System.setOut(jvm.java.io.PrintStream(os.devnull))
+        self.new_server = jvm.scienceworld.runtime.pythonapi.PythonInterface
+        self.join = jvm.java.lang.String.join
+        self._ids = jvm.util.UniqueIdentifier
+        self._simplifier = jvm.main.scala.scienceworld.runtime.SimplifierProcessor
+        self.random = getattr(getattr(jvm.scala.util, "Random$"), "MODULE$")
+        self.lock = threading.RLock()
+        self.users = 0
+        self.alive = True
+        self.current: Simulator | None = None
+        self.simplifications = ""
+
+    def save(self, simplifications: str) -> _SharedState:
+        first, second = (self.random.nextInt() & 0xFFFFFFFF for _ in range(2))
+        return _SharedState(self._ids.count(), _lcg_state(first, second), simplifications)
+
+    def restore(self, state: _SharedState) -> None:
+        getattr(self._ids, "count_$eq")(state.next_object_id)
+        self.random.setSeed(state.random_state ^ _LCG_A)  # setSeed scrambles with the same constant
+        if state.simplifications != self.simplifications:
+            self._simplifier.parseSimplificationStr(state.simplifications)
+            self.simplifications = state.simplifications
+
+    def stop(self) -> None:
+        """Ends the JVM; safe to call twice."""
+        self.alive = False
+        if self.process.stdin and not self.process.stdin.closed:
+            if hasattr(self, "gateway"):
+                self.gateway.close()
+            with contextlib.suppress(OSError):  # the JVM may be gone already
+                self.process.stdin.close()
+        try:
+            self.process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+        self._errors.close()
+
+
+def _lcg_state(first: int, second: int) -> int:
+    """The state of java.util.Random before it gave two 32-bit numbers (its lowest 16 bits by search)."""
+    after_first = (np.uint64(first) << np.uint64(16)) + np.arange(1 << 16, dtype=np.uint64)
+    after_second = (after_first * np.uint64(_LCG_A) + np.uint64(_LCG_C)) & np.uint64(_LCG_MASK)
+    found = np.flatnonzero(after_second >> np.uint64(16) == np.uint64(second))
+    return (int(after_first[found[0]]) - _LCG_C) * _LCG_A_INVERSE & _LCG_MASK
+
+
+_jvms: dict[tuple[int, str, int], _Jvm] = {}  # by process, Java and heap size
+_jvms_lock = threading.Lock()
+
+
+class Simulator:
+    """One ScienceWorld simulator, behaving as if it had a JVM of its own.
+
+    Errors: a call raises RuntimeError where the JVM has died, ran out of memory or threw. The simulator is
+    then of no more use; a new one starts a new JVM.
+
+    Args:
+      heap_mb: largest heap of the JVM, in MB, shared by all simulators of this process with the same value.
+    """
+
+    def __init__(self, heap_mb: int):
+        check_packages()
+        key = (os.getpid(), find_java(), heap_mb)
+        with _jvms_lock:
+            jvm = _jvms.get(key)
+            if jvm is None or not jvm.alive or jvm.process.poll() is not None:
+                jvm = _jvms[key] = _Jvm(key[1], heap_mb)
+            jvm.users += 1
+        self._jvm: _Jvm | None = jvm
+        self._state: _SharedState | None = None
+        self._simplifications = ""
+        with self._turn(loading=True):
+            self._server = jvm.new_server()
+            self._forget_task_library()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the JVM."""
+        return self._alive().process.pid
+
+    def load(self, task: str, variation: int, simplification: str) -> None:
+        """Starts a task anew (about 25 ms once the JVM is warm)."""
+        self._load(task, variation, simplification, False)
+
+    def gold_actions(self, task: str, variation: int, simplification: str) -> list[str]:
+        """Starts a task anew and returns the action sequence of the package's own gold player."""
+        self._load(task, variation, simplification, True)
+        with self._turn():
+            joined = self._jvm.join("\n", self._server.getGoldActionSequence())
+        return joined.split("\n") if joined else []
+
+    def step(self, action: str) -> tuple[str, float, bool]:
+        """Performs an action: (text, score in [−1, 1], completed)."""
+        with self._turn():
+            text = self._server.step(action)
+            return text, float(self._server.getScore()), bool(self._server.getCompleted())
+
+    def task_description(self) -> str:
+        with self._turn():
+            return self._server.freeActionTaskDesc()
+
+    def look(self) -> str:
+        """What `look around` shows, without taking a step."""
+        with self._turn():
+            return self._server.freeActionLook()
+
+    def inventory(self) -> str:
+        with self._turn():
+            return self._server.freeActionInventory()
+
+    def score(self) -> float:
+        with self._turn():
+            return float(self._server.getScore())
+
+    def objects(self) -> list[str]:
+        """Names of the visible objects, inventory left out, sorted (about 2 ms)."""
+        with self._turn():
+            return sorted(set(json.loads(self._server.getPossibleObjectReferentLUTJSON()).values()))
+
+    def valid_actions(self) -> list[str]:
+        """All actions that the simulator holds valid now, sorted (40 ms and more, hundreds of actions).
+
+        Names are drawn at random where an object has several: always from the same seed here, and the
+        episode's own random numbers stay untouched.
+        """
+        with self._turn():
+            jvm = self._jvm
+            state = jvm.save(self._simplifications)
+            jvm.random.setSeed(0)
+            joined = jvm.join("\n", self._server.getValidActionObjectCombinations())
+            jvm.restore(state)
+        return sorted(set(joined.split("\n"))) if joined else []
+
+    def folds(self, task: str) -> dict[str, list[int]]:
+        """The official train, dev and test variations of a task, asked of the package itself."""
+        with self._turn(loading=True):
+            self._server.load(task, 0, "", False)
+            return {
+                "train": list(self._server.getVariationsTrain()),
+                "dev": list(self._server.getVariationsDev()),
+                "test": list(self._server.getVariationsTest()),
+            }
+
+    def close(self) -> None:
+        """Lets go of the simulator; the last one out ends the JVM. May be called twice."""
+        jvm, self._jvm = self._jvm, None
+        if jvm is None:
+            return
+        with jvm.lock:
+            if jvm.current is self:
+                jvm.current = None
+        with _jvms_lock:
+            jvm.users -= 1
+            if jvm.users == 0:
+                jvm.stop()
+                for key in [key for key, value in _jvms.items() if value is jvm]:
+                    del _jvms[key]
+
+    def _alive(self) -> _Jvm:
+        if self._jvm is None:
+            raise RuntimeError("this ScienceWorld simulator is closed; make a new one")
+        return self._jvm
+
+    def _load(self, task: str, variation: int, simplification: str, gold: bool) -> None:
+        with self._turn(loading=True):
+            error = self._server.load(task, variation, simplification, gold)
+            if error:
+                raise ValueError(
+                    f"ScienceWorld cannot load {task!r}, variation {variation}: {error}"
+                )
+            # "easy" means different simplifications for different tasks: ask which.
+            self._simplifications = self._server.agentInterface().get().simplificationStr()
+            self._jvm.simplifications = self._simplifications
+            if not gold:
+                self._forget_task_library()
+
+    def _forget_task_library(self) -> None:
+        """Drops the objects of all 30 tasks, 10 MB, that the simulator makes anew at each load anyway."""
+        getattr(self._server, "taskMaker_$eq")(None)
+
+    @contextlib.contextmanager
+    def _turn(self, loading: bool = False) -> Iterator[None]:
+        """Makes it this simulator's turn; a load sets all shared state itself."""
+        from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
+
+        jvm = self._alive()
+        with jvm.lock:
+            try:
+                previous = jvm.current
+                if previous is not self:
+                    if previous is not None:
+                        previous._state = jvm.save(previous._simplifications)
+                    if self._state is not None and not loading:
+                        jvm.restore(self._state)
+                    jvm.current = self
+                yield
+            except Py4JJavaError as error:
+                said = str(error.java_exception).splitlines()[0]
+                if "OutOfMemoryError" in said:
+                    jvm.stop()
+                    said += "; raise env.options.heap_mb"
+                raise RuntimeError(f"ScienceWorld's simulator failed: {said}") from error
+            except (Py4JNetworkError, Py4JError, OSError) as error:
+                jvm.stop()
+                raise RuntimeError(
+                    f"ScienceWorld's JVM (process {jvm.process.pid}, exit code {jvm.process.returncode}) gave no "
+                    f"answer: {error}"
+                ) from error
