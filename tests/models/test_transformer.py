@@ -1,0 +1,282 @@
+"""Laws of the built-in transformer: masks, the cached pass, initial values, configs."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from w2sjax.models import (
+    PRESETS,
+    ModelConfig,
+    Transformer,
+    attention,
+    init_params,
+    make_apply_fn,
+    make_policy,
+    preset,
+)
+
+CONFIG = ModelConfig(
+    vocab_size=23, width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=48, max_length=64
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(lambda key: init_params(CONFIG, key))(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def apply_fn():
+    return jax.jit(make_apply_fn(CONFIG))
+
+
+@pytest.fixture(scope="module")
+def decode_fn():
+    return jax.jit(make_policy(CONFIG).decode_fn)
+
+
+def _tokens(shape, seed=1):
+    return jax.random.randint(jax.random.key(seed), shape, 0, CONFIG.vocab_size)
+
+
+def _plain(length, row_length):
+    """positions and subtree_end of one sequence at the start of a row, padding after it."""
+    index = np.arange(row_length)
+    return np.where(index < length, index, 0), np.where(index < length, length, 0)
+
+
+# --- the full pass ------------------------------------------------------------------------------
+
+
+def test_defaults_are_one_causal_sequence_per_row(params, apply_fn):
+    tokens = _tokens((1, 16))
+    positions, subtree_end = np.arange(16)[None], np.full((1, 16), 16)
+    explicit = apply_fn(params, tokens, positions=positions, subtree_end=subtree_end)
+    np.testing.assert_array_equal(apply_fn(params, tokens), explicit)
+    assert explicit.dtype == jnp.float32 and explicit.shape == (1, 16, CONFIG.vocab_size)
+
+
+def test_logits_do_not_depend_on_later_tokens(params, apply_fn):
+    tokens = np.array(_tokens((1, 16)))
+    changed = tokens.copy()
+    changed[0, 9] = (changed[0, 9] + 1) % CONFIG.vocab_size
+    before, after = apply_fn(params, tokens), apply_fn(params, changed)
+    np.testing.assert_array_equal(before[0, :9], after[0, :9])
+    assert (np.abs(before[0, 9:] - after[0, 9:]).max(axis=-1) > 1e-4).all()
+
+
+def test_packed_row_equals_separate_rows_and_padding_is_inert(params, apply_fn):
+    tokens = np.array(_tokens((1, 16)))
+    positions = np.array([[*range(6), *range(7), 0, 0, 0]])
+    subtree_end = np.array([[6] * 6 + [13] * 7 + [0] * 3])
+    packed = apply_fn(params, tokens, positions=positions, subtree_end=subtree_end)
+    for begin, end in ((0, 6), (6, 13)):
+        row = np.full((1, 16), 5)
+        row[0, : end - begin] = tokens[0, begin:end]
+        where, ends = _plain(end - begin, 16)
+        alone = apply_fn(params, row, positions=where[None], subtree_end=ends[None])
+        np.testing.assert_allclose(packed[0, begin:end], alone[0, : end - begin], atol=2e-5)
+    assert np.isfinite(packed).all()
+    repadded = tokens.copy()
+    repadded[0, 13:] = 2
+    again = apply_fn(params, repadded, positions=positions, subtree_end=subtree_end)
+    np.testing.assert_array_equal(again[0, :13], packed[0, :13])
+
+
+def test_tree_row_equals_its_paths(params, apply_fn):
+    # trunk 0–3, branch 4–6 with a twig 7–8 below it, branch 9–11; 12–15 padding
+    tokens = np.array(_tokens((1, 16)))
+    subtree_end = np.array([[12] * 4 + [9] * 3 + [9] * 2 + [12] * 3 + [0] * 4])
+    positions = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6, 0, 0, 0, 0]])
+    tree = apply_fn(params, tokens, positions=positions, subtree_end=subtree_end)
+    for path in ([*range(9)], [*range(4), 9, 10, 11]):
+        row = np.zeros((1, 16), np.int32)
+        row[0, : len(path)] = tokens[0, path]
+        where, ends = _plain(len(path), 16)
+        alone = apply_fn(params, row, positions=where[None], subtree_end=ends[None])
+        np.testing.assert_allclose(tree[0, path], alone[0, : len(path)], atol=2e-5)
+
+
+def test_gradients_are_finite_and_blind_to_padding(params):
+    fn = make_apply_fn(CONFIG)
+    positions, subtree_end = _plain(5, 16)
+
+    def loss(params, tokens):
+        logits = fn(params, tokens, positions=positions[None], subtree_end=subtree_end[None])
+        return (jax.nn.log_softmax(logits)[0, :5] ** 2).sum()
+
+    grad = jax.jit(jax.grad(loss))
+    tokens = np.array(_tokens((1, 16)))
+    gradients = grad(params, tokens)
+    chex.assert_tree_all_finite(gradients)
+    tokens[0, 5:] = 3
+    chex.assert_trees_all_close(grad(params, tokens), gradients, atol=1e-6)
+
+
+def test_remat_changes_nothing(params):
+    tokens = _tokens((1, 8))
+    one_layer = dataclasses.replace(CONFIG, num_layers=1)
+
+    def gradient(config):
+        fn = make_apply_fn(config)
+        return jax.jit(jax.grad(lambda p: (fn(p, tokens) ** 2).mean()))(params)
+
+    expected = gradient(one_layer)
+    actual = gradient(dataclasses.replace(one_layer, remat=True))
+    chex.assert_trees_all_close(actual, expected, atol=1e-5)
+
+
+def test_bfloat16_compute_keeps_float32_logits(params, apply_fn):
+    config = dataclasses.replace(CONFIG, compute_dtype="bfloat16")
+    tokens = _tokens((1, 16))
+    logits = jax.jit(make_apply_fn(config))(params, tokens)
+    exact = apply_fn(params, tokens)
+    assert logits.dtype == jnp.float32
+    assert 0 < np.abs(logits - exact).max() < 0.2
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+def test_attend_equals_repeated_heads_in_numpy():
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, 5, 6, 4))
+    key, value = rng.normal(size=(2, 2, 7, 4)), rng.normal(size=(2, 2, 7, 4))
+    mask = rng.random((2, 5, 7)) < 0.5
+    mask[1, 3] = False
+    actual = attention.attend(*(jnp.float32(x) for x in (query, key.swapaxes(2, 3), value)), mask)
+    for row, position, head in np.ndindex(2, 5, 6):
+        visible = mask[row, position]
+        expected = np.zeros(4)
+        if visible.any():
+            scores = key[row, head // 3][visible] @ query[row, position, head] / 2.0
+            weights = np.exp(scores) / np.exp(scores).sum()
+            expected = weights @ value[row, head // 3][visible]
+        np.testing.assert_allclose(actual[row, position, head], expected, atol=1e-5)
+
+
+def test_rotary_scores_depend_on_distance_only():
+    query, key = np.random.default_rng(0).normal(size=(2, 1, 1, 8))
+
+    def score(i, j):
+        turned = [
+            attention.rotary(jnp.float32(x)[None], jnp.array([[at]]), theta=100.0)
+            for x, at in ((query, i), (key, j))
+        ]
+        return float((turned[0] * turned[1]).sum())
+
+    assert score(3, 1) == pytest.approx(score(45, 43), abs=1e-4)
+    assert score(3, 1) != pytest.approx(score(3, 2), abs=1e-3)
+
+
+# --- the cached pass ----------------------------------------------------------------------------
+
+
+def test_chunks_of_any_size_equal_the_full_pass(params, apply_fn, decode_fn):
+    tokens = _tokens((3, 16))
+    full = apply_fn(params, tokens)
+    cache = make_policy(CONFIG).init_cache(3, 16)
+    fed = np.zeros(3, np.int32)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        # every slot takes a chunk of its own size, sometimes none; the rest of the chunk is garbage
+        size = np.minimum(rng.integers(0, 5, 3), 16 - fed)
+        chunk = rng.integers(0, CONFIG.vocab_size, (3, 4))
+        for slot in range(3):
+            chunk[slot, : size[slot]] = tokens[slot, fed[slot] : fed[slot] + size[slot]]
+        logits, cache = decode_fn(params, cache, chunk, fed, size - 1)
+        fed = fed + size
+        assert np.isfinite(logits).all()
+        for slot in np.flatnonzero(size):
+            np.testing.assert_allclose(logits[slot], full[slot, fed[slot] - 1], atol=1e-5)
+    assert (fed == 16).all()
+
+
+def test_writes_past_the_end_are_dropped_not_clamped(params, decode_fn):
+    policy = make_policy(CONFIG)
+    cache = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(3), x.shape), policy.init_cache(3, 16)
+    )
+    start, last = np.array([14, 16, 0]), np.array([3, 3, 3])
+    _, after = decode_fn(params, cache, _tokens((3, 4)), start, last)
+    for (keys, values), (new_keys, new_values) in zip(cache, after, strict=True):
+        np.testing.assert_array_equal(keys[0, ..., :14], new_keys[0, ..., :14])
+        np.testing.assert_array_equal(values[0, :, :14], new_values[0, :, :14])
+        assert (np.abs(values[0, :, 14:] - new_values[0, :, 14:]).max(axis=-1) > 1e-3).all()
+        np.testing.assert_array_equal(keys[1], new_keys[1])
+        np.testing.assert_array_equal(values[1], new_values[1])
+
+
+def test_tokens_after_last_are_not_written(params, decode_fn):
+    cache = make_policy(CONFIG).init_cache(3, 16)
+    start, last = np.array([2, 0, 5]), np.array([1, -1, 3])
+    _, after = decode_fn(params, cache, _tokens((3, 4)), start, last)
+    for keys, values in after:
+        for written in (np.abs(keys).max(axis=(1, 2)) > 0, np.abs(values).max(axis=(1, 3)) > 0):
+            where = [np.flatnonzero(slot).tolist() for slot in written]
+            assert where == [[2, 3], [], [5, 6, 7, 8]]
+
+
+def test_resize_keeps_positions():
+    policy = make_policy(CONFIG)
+    cache = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(0), x.shape), policy.init_cache(2, 8)
+    )
+    longer = policy.resize_cache(cache, 12)
+    chex.assert_trees_all_equal_shapes(longer, policy.init_cache(2, 12))
+    chex.assert_trees_all_equal(policy.resize_cache(longer, 8), cache)
+
+
+# --- configs and initial values -----------------------------------------------------------------
+
+
+def test_init_has_the_modules_own_shapes_and_deviations():
+    config = dataclasses.replace(CONFIG, width=64, num_layers=1, tie_embeddings=False)
+    params = init_params(config, jax.random.key(0))
+    rows = jnp.ones((1, 1), jnp.int32)
+    own = Transformer(config).init(jax.random.key(1), rows, rows, rows)["params"]
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, own)
+    for (path, mine), theirs in zip(
+        jax.tree.leaves_with_path(params), jax.tree.leaves(own), strict=True
+    ):
+        if mine.ndim == 1:
+            np.testing.assert_array_equal(mine, theirs)
+        else:
+            assert float(mine.std() / theirs.std()) == pytest.approx(1, abs=0.08), path
+    assert sum(x.size for x in jax.tree.leaves(params)) == config.num_params
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_parameters_they_claim(name):
+    config = preset(name, vocab_size=400)
+    abstract = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(abstract)) == config.num_params
+    assert config.vocab_size == 400
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("vocab_size", 0),
+        ("num_layers", 1.5),
+        ("num_kv_heads", 3),
+        ("num_heads", 6),
+        ("head_width", 7),
+        ("rope_theta", 0.0),
+        ("norm_eps", -1.0),
+        ("param_dtype", "auto"),
+        ("compute_dtype", "float64"),
+    ],
+)
+def test_impossible_configs_name_the_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'huge'.*tiny"):
+        preset("huge", vocab_size=10)

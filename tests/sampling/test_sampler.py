@@ -1,0 +1,307 @@
+"""Laws of the sampler: what is in a slot's context, how tokens are drawn, independence of slots."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from w2sjax.models import ModelConfig, init_params, make_policy
+from w2sjax.sampling import sampler as sampler_lib
+from w2sjax.sampling.sampler import SamplerSettings, make_sampler
+from w2sjax.types import Policy
+
+VOCAB = 11
+STOP = 3
+
+
+class HashPolicy:
+    """A policy without a model: logits are a hash of every token of the context, in order.
+
+    Its cache holds token + 1, so that contexts can be read off, and any stray or missing token
+    changes the logits of everything after it.
+    """
+
+    def __init__(self, resizable=False, bonus=None):
+        self.traces = 0
+        self.bonus = jnp.zeros(VOCAB) if bonus is None else bonus
+        self.policy = Policy(
+            lambda params, tokens: tokens,
+            lambda slots, length: jnp.zeros((slots, length), jnp.int32),
+            self.decode,
+            self.resize if resizable else None,
+        )
+
+    def decode(self, params, cache, tokens, start, last):
+        self.traces += 1
+        slots, length = cache.shape
+        index = jnp.arange(tokens.shape[1])[None]
+        where = jnp.where(index <= last[:, None], start[:, None] + index, length)
+        cache = cache.at[jnp.arange(slots)[:, None], where].set(tokens + 1, mode="drop")
+        visible = jnp.arange(length)[None] <= (start + last)[:, None]
+        weights = jnp.arange(1, length + 1) * 7919 + 13
+        digest = jnp.where(visible, cache * weights, 0).sum(axis=1)
+        return self.logits(digest), cache
+
+    def logits(self, digest):
+        mixed = (digest[:, None] * 31 + jnp.arange(VOCAB) * 977) % 101
+        return mixed.astype(jnp.float32) / 25.0 + self.bonus
+
+    def resize(self, cache, length):
+        grown = jnp.pad(cache, ((0, 0), (0, max(0, length - cache.shape[1]))))
+        return grown[:, :length]
+
+    def logits_after(self, context):
+        weights = np.arange(1, len(context) + 1) * 7919 + 13
+        digest = ((np.array(context) + 1) * weights).sum()
+        return np.asarray(self.logits(jnp.array([digest])))[0]
+
+
+def _settings(**changes):
+    values = dict(max_length=64, max_new_tokens=5, stop_ids=(STOP,), temperature=1.0)
+    return SamplerSettings(**(values | changes))
+
+
+def _keys(*data):
+    """One key for each row of data, from nothing but the row."""
+    return jnp.stack([jax.random.fold_in(jax.random.key(7), int(x)) for x in data])
+
+
+def _chunks(rng, slots, width=8):
+    chunk = rng.integers(4, VOCAB, (slots, width))
+    return chunk, rng.integers(1, width + 1, slots)
+
+
+def _cached_context(state, slot):
+    """What a HashPolicy's slot holds, and the pending token."""
+    length, pending = int(state.length[slot]), int(state.pending[slot])
+    cached = np.asarray(state.cache)[slot, : length - (pending >= 0)] - 1
+    return [*cached.tolist(), *([pending] if pending >= 0 else [])]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_contexts_are_chunks_and_samples_and_greedy_is_argmax(temperature):
+    fake = HashPolicy()
+    sampler = make_sampler(fake.policy, _settings(temperature=temperature), num_slots=4)
+    state, rng = sampler.init(), np.random.default_rng(0)
+    contexts = [[] for _ in range(4)]
+    for turn in range(5):
+        chunk, length = _chunks(rng, 4)
+        length[turn % 4] = 0  # one slot is idle
+        reset = np.arange(4) == (3 if turn == 2 else -1)
+        state, result = sampler.turn(None, state, chunk, length, reset, _keys(*range(4)))
+        for slot in range(4):
+            if reset[slot]:
+                contexts[slot] = []
+            contexts[slot] += chunk[slot, : length[slot]].tolist()
+            count, logp = int(result.length[slot]), 0.0
+            assert (count > 0) == (length[slot] > 0)
+            for token in np.asarray(result.tokens)[slot, :count].tolist():
+                logits = fake.logits_after(contexts[slot])
+                logp += float(jax.nn.log_softmax(logits)[token])
+                if temperature == 0.0:
+                    assert token == logits.argmax()
+                contexts[slot].append(token)
+            stopped = count > 0 and contexts[slot][-1] == STOP
+            assert STOP not in np.asarray(result.tokens)[slot, : max(count - 1, 0)]
+            assert bool(result.truncated[slot]) == (count > 0 and not stopped)
+            assert not result.full[slot]
+            assert (np.asarray(result.tokens)[slot, count:] == 0).all()
+            assert float(result.logp[slot]) == pytest.approx(logp, abs=1e-4)
+            assert _cached_context(state, slot) == contexts[slot]
+            assert int(state.length[slot]) == len(contexts[slot])
+
+
+def test_full_contexts_end_answers_and_refuse_chunks():
+    fake = HashPolicy(bonus=jnp.where(jnp.arange(VOCAB) == STOP, -100.0, 0.0))  # never stops
+    sampler = make_sampler(fake.policy, _settings(max_length=12), num_slots=4)
+    chunk, length = np.full((4, 12), 5), np.array([4, 9, 11, 12])
+    state, result = sampler.turn(
+        None, sampler.init(), chunk, length, np.ones(4, bool), _keys(*range(4))
+    )
+    np.testing.assert_array_equal(result.length, [5, 3, 1, 0])
+    np.testing.assert_array_equal(result.truncated, [True] * 4)
+    np.testing.assert_array_equal(result.full, [False, True, True, True])
+    np.testing.assert_array_equal(state.length, [9, 12, 12, 0])
+    # the first goes on: its pending token and two more, then one sample fills the context
+    state, result = sampler.turn(
+        None, state, chunk, np.array([2, 1, 1, 3]), np.zeros(4, bool), _keys(*range(4))
+    )
+    np.testing.assert_array_equal(result.length, [1, 0, 0, 5])
+    np.testing.assert_array_equal(result.full, [True, True, True, False])
+    np.testing.assert_array_equal(state.length, [12, 12, 12, 8])
+    assert _cached_context(state, 0)[9:11] == [5, 5]
+
+
+def test_an_episode_does_not_depend_on_slot_neighbours_or_slot_count():
+    fake = HashPolicy()
+
+    def episode(num_slots, slot, seed):
+        sampler = make_sampler(fake.policy, _settings(), num_slots=num_slots)
+        state, mine = sampler.init(), np.random.default_rng(0)
+        others, tokens = np.random.default_rng(seed), []
+        for turn in range(4):
+            chunk, length = _chunks(others, num_slots)
+            row, size = _chunks(mine, 1)
+            chunk[slot], length[slot] = row[0], size[0]
+            data = others.integers(1000, 2000, num_slots)
+            data[slot] = turn
+            reset = others.random(num_slots) < 0.5
+            reset[slot] = turn == 0
+            state, result = sampler.turn(None, state, chunk, length, reset, _keys(*data))
+            tokens.append(np.asarray(result.tokens)[slot].tolist())
+        return tokens
+
+    alone = episode(1, 0, 1)
+    assert alone == episode(5, 3, 2) == episode(5, 0, 3)
+    assert any(len(set(turn)) > 1 for turn in alone)
+
+
+def test_model_episodes_equal_recomputation_and_ignore_the_batch():
+    config = ModelConfig(
+        vocab_size=VOCAB, width=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=48
+    )
+    params = init_params(config, jax.random.key(0))
+    policy = make_policy(config)
+    settings = _settings(temperature=0.8)
+
+    def play(num_slots, slot):
+        sampler = make_sampler(policy, settings, num_slots=num_slots)
+        state, rng = sampler.init(), np.random.default_rng(5)
+        context, sampled, logps = [], [], []
+        for turn in range(4):
+            row, size = _chunks(rng, 1)
+            chunk, length = _chunks(np.random.default_rng(slot + turn), num_slots)
+            chunk[slot], length[slot] = row[0], size[0]
+            keys = _keys(*(np.arange(num_slots) - slot + 100 * turn + 50))
+            state, result = sampler.turn(
+                params, state, chunk, length, np.full(num_slots, turn == 0), keys
+            )
+            answer = np.asarray(result.tokens)[slot, : int(result.length[slot])].tolist()
+            context += row[0, : size[0]].tolist()
+            sampled.append((len(context), answer))
+            context += answer
+            logps.append(float(result.logp[slot]))
+        return state, context, sampled, logps
+
+    state, context, sampled, logps = play(1, 0)
+    for other in ((3, 2), (3, 0)):
+        _, other_context, _, other_logps = play(*other)
+        assert other_context == context
+        np.testing.assert_allclose(other_logps, logps, atol=1e-4)
+    # the sampled answers' log-probabilities are the full pass's
+    logits = policy.apply_fn(params, np.array([context]))
+    full = np.asarray(jax.nn.log_softmax(logits))[0]
+    for (begin, answer), logp in zip(sampled, logps, strict=True):
+        expected = sum(full[begin + i - 1, token] for i, token in enumerate(answer))
+        assert logp == pytest.approx(expected, abs=1e-4)
+    # the cache is that of one pass over the concatenated tokens
+    cached = len(context) - 1  # the last token is pending
+    _, cache = policy.decode_fn(
+        params,
+        policy.init_cache(1, state.cache_length),
+        np.array([context]),
+        np.zeros(1, np.int32),
+        np.array([cached - 1]),
+    )
+    for (keys, values), (all_keys, all_values) in zip(state.cache, cache, strict=True):
+        np.testing.assert_allclose(keys[..., :cached], all_keys[..., :cached], atol=1e-5)
+        np.testing.assert_allclose(values[:, :, :cached], all_values[:, :, :cached], atol=1e-5)
+
+
+def test_resizing_the_cache_changes_no_token(monkeypatch):
+    monkeypatch.setattr(sampler_lib, "_MIN_CACHE_LENGTH", 16)
+    runs = []
+    for resizable in (False, True):
+        sampler = make_sampler(HashPolicy(resizable).policy, _settings(), num_slots=2)
+        state, tokens, lengths = sampler.init(), [], []
+        for turn in range(6):
+            chunk = np.random.default_rng(turn).integers(4, VOCAB, (2, 4))
+            state, result = sampler.turn(
+                None, state, chunk, np.full(2, 4), np.full(2, turn in (0, 4)), _keys(turn, turn + 9)
+            )
+            tokens.append(np.asarray(result.tokens).tolist())
+            lengths.append(state.cache_length)
+        runs.append((tokens, lengths))
+    assert runs[0][0] == runs[1][0]
+    assert set(runs[0][1]) == {64}
+    assert runs[1][1][0] == 16 and max(runs[1][1]) > 16 and runs[1][1][4] == 16
+
+
+def test_shapes_are_compiled_once():
+    fake = HashPolicy()
+    for num_turns in (1, 3):
+        sampler = make_sampler(fake.policy, _settings(), num_slots=2)  # a second one is free
+        state = sampler.init()
+        for turn in range(num_turns):
+            chunk = np.full((2, 4), 4 + turn)
+            state, _ = sampler.turn(
+                None, state, chunk, np.array([turn % 2, 3]), np.array([True, False]), _keys(0, 1)
+            )
+    assert fake.traces == 2  # one chunk, one decode step
+
+
+def test_draws_follow_temperature_and_top_p():
+    logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -30.0])
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    rows = jnp.broadcast_to(jnp.float32(logits), (20_000, 6))
+    for temperature, top_p, kept in ((1.0, 1.0, 6), (0.5, 1.0, 6), (1.0, 0.8, 3), (1.0, 0.1, 1)):
+        settings = _settings(temperature=temperature, top_p=top_p)
+        tokens, logp = sampler_lib._draw(rows, keys, jnp.int32(0), settings)
+        probs = np.exp(logits / temperature)
+        probs[kept:] = 0.0
+        probs /= probs.sum()
+        frequency = np.bincount(tokens, minlength=6) / 20_000
+        np.testing.assert_allclose(frequency, probs, atol=0.012)
+        assert (frequency[kept:] == 0).all()
+        untempered = jax.nn.log_softmax(jnp.float32(logits))
+        np.testing.assert_allclose(logp, untempered[tokens], atol=1e-6)
+
+
+def test_nucleus_is_the_smallest_sufficient_set():
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.full(40, 0.3), 50).astype(np.float32)
+    for top_p in (0.05, 0.5, 0.9, 0.999):
+        kept = np.asarray(sampler_lib._nucleus(jnp.asarray(probs), top_p)) > 0
+        for row in range(50):
+            order = np.argsort(-probs[row], kind="stable")
+            count = int(np.searchsorted(np.cumsum(probs[row][order]), top_p)) + 1
+            assert set(np.flatnonzero(kept[row])) == set(order[:count])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_length", 0),
+        ("max_new_tokens", 0),
+        ("stop_ids", ()),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+    ],
+)
+def test_impossible_settings_name_the_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        _settings(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("chunk", np.zeros((3, 4), int)),
+        ("chunk_length", np.array([1, 5])),
+        ("chunk_length", np.array([1, 1, 1])),
+        ("reset", np.zeros(3, bool)),
+        ("keys", _keys(0, 1, 2)),
+    ],
+)
+def test_misshapen_turns_name_the_argument(name, argument):
+    sampler = make_sampler(HashPolicy().policy, _settings(), num_slots=2)
+    arguments = dict(
+        chunk=np.zeros((2, 4), int),
+        chunk_length=np.ones(2, int),
+        reset=np.zeros(2, bool),
+        keys=_keys(0, 1),
+    )
+    with pytest.raises(ValueError, match=name):
+        sampler.turn(None, sampler.init(), **(arguments | {name: argument}))
