@@ -1,0 +1,391 @@
+"""Every episode is accounted for, and is a function of (seed, task, rollout) alone."""
+
+import dataclasses
+import functools
+import random
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from w2sjax.chat import MALFORMED_OBSERVATION, ChatTemplate, train_bpe
+from w2sjax.envs import EnvFailure, Outcome, Reset
+from w2sjax.models import ModelConfig, init_params, make_policy
+from w2sjax.sampling import (
+    EpisodeRequest,
+    SamplerSettings,
+    TrajectoryWriter,
+    TurnResult,
+    collect,
+    make_sampler,
+    read_trajectories,
+)
+from w2sjax.types import Policy, Status
+
+WORDS = ("left", "right", "look")
+
+
+@functools.cache
+def _template():
+    texts = [f"Walk. You are at {i}. Action: {word} {word}" for i in range(9) for word in WORDS]
+    return ChatTemplate(train_bpe(texts, vocab_size=330))
+
+
+class Corridor:
+    """Stand-in for a pool: walk from 0 to 3; "left" from 0 loses; looking changes nothing."""
+
+    def __init__(self, num_slots, max_steps=8):
+        self.num_slots = num_slots
+        self.max_steps = max_steps
+        self.places = {}
+        self.stepped = []
+
+    def reset(self, requests):
+        return {slot: self._reset(slot, task) for slot, task in requests.items()}
+
+    def _reset(self, slot, task):
+        if task == "reset breaks":
+            return EnvFailure("no such world")
+        self.places[slot] = 0
+        first = "word " * 400 if task == "long start" else f"You are at 0. Task: {task}."
+        return Reset(first_observation=first, instruction="Walk.", max_steps=self.max_steps)
+
+    def step(self, requests):
+        return {slot: self._step(slot, action) for slot, action in requests.items()}
+
+    def _step(self, slot, action):
+        self.stepped.append(action)
+        if action == "break":
+            return EnvFailure("worker 0 died")
+        if action == "shout":
+            return Outcome("echo " * 400, 0.25, False, False)
+        self.places[slot] += {"left": -1, "right": 1}.get(action, 0)
+        place = self.places[slot]
+        score = max(place, 0) / 3
+        return Outcome(f"You are at {place}.", score, place in (-1, 3), place == 3)
+
+
+@dataclasses.dataclass
+class Scripted:
+    """Stand-in for a sampler: `say(context text)` → an answer, or (ids, truncated, full, logp)."""
+
+    num_slots: int
+    say: object
+    max_length: int = 256
+
+    def __post_init__(self):
+        stop_ids = _template().stop_ids
+        self.settings = SamplerSettings(self.max_length, 40, stop_ids)
+        self.contexts = None
+        self.widths = []
+
+    def init(self):
+        return [[] for _ in range(self.num_slots)]
+
+    def turn(self, params, state, chunk, chunk_length, reset, keys):
+        self.widths.append(chunk.shape[1])
+        num_slots = self.num_slots
+        out = dict(
+            tokens=np.zeros((num_slots, 40), np.int32),
+            length=np.zeros(num_slots, np.int32),
+            logp=np.zeros(num_slots, np.float32),
+            truncated=np.zeros(num_slots, bool),
+            full=np.zeros(num_slots, bool),
+        )
+        contexts = [[] if new else old for new, old in zip(reset, state, strict=True)]
+        for slot in np.flatnonzero(chunk_length):
+            contexts[slot] = contexts[slot] + chunk[slot, : chunk_length[slot]].tolist()
+            assert len(contexts[slot]) < self.max_length
+            said = self.say(_template().tokenizer.decode(contexts[slot]))
+            if isinstance(said, str):
+                said = (_template().encode_answer(said), False, False, -1.0)
+            ids, out["truncated"][slot], out["full"][slot], out["logp"][slot] = said
+            out["tokens"][slot, : len(ids)] = ids
+            out["length"][slot] = len(ids)
+            contexts[slot] = contexts[slot] + list(ids)
+        self.contexts = contexts
+        return contexts, TurnResult(**out)
+
+
+def _play(sampler, pool, requests, params=None, seed=0, **more):
+    done = []
+    stats = collect(
+        sampler, params, _template(), pool, requests, env_name="corridor", policy_name="weak",
+        seed=seed, on_done=done.append, **more,
+    )  # fmt: skip
+    return done, stats
+
+
+def _one(say, task="t", **more):
+    """One scripted episode."""
+    (episode,), stats = _play(
+        Scripted(2, say, **more), pool := Corridor(2), [EpisodeRequest(task, 4)]
+    )
+    assert stats.statuses == Counter([episode.status])
+    assert (episode.task_id, episode.rollout, episode.seed) == (task, 4, 0)
+    assert (episode.env, episode.policy) == ("corridor", "weak")
+    return episode, stats, pool
+
+
+def test_the_environments_verdict_ends_an_episode():
+    episode, stats, _ = _one(lambda context: "Action: right")
+    assert episode.status is Status.SUCCESS
+    assert [s.action for s in episode.steps] == ["right"] * 3
+    assert [s.observation for s in episode.steps] == [f"You are at {i}." for i in (1, 2, 3)]
+    assert [s.reward for s in episode.steps] == pytest.approx([1 / 3] * 3)
+    assert (episode.score, episode.instruction) == (1.0, "Walk.")
+    assert all(s.answer == "Action: right" and s.answer_logp == -1.0 for s in episode.steps)
+    assert all(list(s.answer_ids) == _template().encode_answer(s.answer) for s in episode.steps)
+    assert (stats.episodes, stats.turns, stats.malformed, stats.rounds) == (1, 3, 0, 3)
+    assert stats.sampled_tokens == sum(len(s.answer_ids) for s in episode.steps)
+
+    episode, *_ = _one(lambda context: "Thought: hm.\nAction: left")
+    assert (episode.status, episode.score, len(episode.steps)) == (Status.FAILED, 0.0, 1)
+
+
+def test_what_the_model_sees_is_what_is_trained_on():
+    sampler = Scripted(1, lambda context: "Action: right")
+    (episode,), stats = _play(sampler, Corridor(1), [EpisodeRequest("t", 0)])
+    tokens = _template().encode_trajectory(episode).tokens.tolist()
+    assert sampler.contexts[0] == tokens
+    assert stats.prompt_tokens + stats.sampled_tokens == len(tokens)
+
+
+def test_steps_are_limited():
+    episode, *_ = _one(lambda context: "Action: look")
+    assert (episode.status, len(episode.steps), episode.score) == (Status.STEP_LIMIT, 8, 0.0)
+
+
+def test_a_malformed_answer_costs_a_step_and_never_reaches_the_environment():
+    def say(context):
+        return "I go right" if context.endswith("at 1.<|assistant|>") else "Action: right"
+
+    episode, stats, pool = _one(say)
+    assert episode.status is Status.SUCCESS
+    assert [s.action for s in episode.steps] == ["right", None, "right", "right"]
+    assert episode.steps[1].observation == MALFORMED_OBSERVATION
+    assert episode.steps[1].reward == 0.0
+    assert pool.stepped == ["right"] * 3
+    assert stats.malformed == 1
+
+    episode, stats, pool = _one(lambda context: "no")
+    assert (episode.status, len(episode.steps)) == (Status.STEP_LIMIT, 8)
+    assert pool.stepped == []
+
+
+def test_an_answer_that_was_cut_off_is_malformed_and_its_turn_is_closed():
+    cut = tuple(_template().encode_answer("Action: right")[:-1])
+    sampler = Scripted(1, lambda context: (cut, True, False, -1.0))
+    (episode,), _ = _play(sampler, Corridor(1), [EpisodeRequest("t", 0)])
+    assert {s.action for s in episode.steps} == {None}
+    assert episode.steps[0].answer == "Action: right"
+    tokens = _template().encode_trajectory(episode)
+    assert sampler.contexts[0] == tokens.tokens.tolist()
+    text = _template().tokenizer.decode(tokens.tokens)
+    assert text.count("Action: right<|end|><|user|>") == 7
+
+
+@pytest.mark.parametrize("task", ["long start", "shout"])
+def test_what_does_not_fit_ends_with_token_limit(task):
+    episode, *_ = _one(lambda context: "Action: shout", task=task)
+    assert episode.status is Status.TOKEN_LIMIT
+    assert len(episode.steps) == (task == "shout")
+    assert episode.score == (0.25 if task == "shout" else 0.0)
+
+
+def test_an_answer_that_fills_the_context_ends_with_token_limit():
+    cut = tuple(_template().encode_answer("Action: right")[:-1])
+    episode, _, pool = _one(lambda context: (cut, True, True, -1.0))
+    assert episode.status is Status.TOKEN_LIMIT
+    assert [(s.action, s.answer_ids) for s in episode.steps] == [(None, cut)]
+    assert pool.stepped == []
+
+
+def test_context_lengths_are_counted_exactly():
+    """Episodes are cut where the sampler would refuse, neither earlier nor later."""
+    whole, *_ = _one(lambda context: "Action: look")
+    length = len(_template().encode_trajectory(whole).tokens)
+    answer = len(whole.steps[-1].answer_ids)
+    # The last chunk has to leave room for one token at least.
+    enough, *_ = _one(lambda context: "Action: look", max_length=length - answer + 1)
+    assert enough.status is Status.STEP_LIMIT
+    short, *_ = _one(lambda context: "Action: look", max_length=length - answer)
+    assert (short.status, len(short.steps)) == (Status.TOKEN_LIMIT, 7)
+
+
+def test_what_breaks_is_counted_and_never_scored():
+    def say(context):
+        return "Action: break" if "at 1" in context else "Action: right"
+
+    episode, *_ = _one(say)
+    assert (episode.status, episode.score, len(episode.steps)) == (Status.ENV_ERROR, 0.0, 1)
+    assert episode.error == "at action 'break': worker 0 died"
+    episode, *_ = _one(say, task="reset breaks")
+    assert (episode.status, episode.error) == (Status.ENV_ERROR, "no such world")
+    episode, *_ = _one(lambda context: ((5,), True, False, float("nan")))
+    assert episode.status is Status.POLICY_ERROR
+    assert "nan" in episode.error
+    assert not episode.status.scored
+
+
+def test_every_request_ends_once_however_many_break():
+    tasks = ["a", "reset breaks", "long start", "b"] * 5
+    requests = [EpisodeRequest(task, i) for i, task in enumerate(tasks)]
+    reports = []
+    done, stats = _play(
+        Scripted(3, lambda context: "Action: right"), Corridor(3), requests,
+        progress=lambda *report: reports.append(report[:2]),
+    )  # fmt: skip
+    assert Counter((t.task_id, t.rollout) for t in done) == Counter(
+        (r.task_id, r.rollout) for r in requests
+    )
+    assert stats.statuses == Counter(t.status for t in done)
+    assert (stats.episodes, stats.scored) == (20, 15)
+    assert reports == sorted(set(reports))
+    assert reports[-1] == (20, 20)
+
+
+def test_no_requests_no_work():
+    done, stats = _play(Scripted(2, lambda context: "x"), Corridor(2), [])
+    assert (done, stats.episodes, stats.rounds) == ([], 0, 0)
+
+
+def test_slots_are_refilled_at_once_and_chunks_have_few_widths():
+    requests = [EpisodeRequest(f"task {i}", 0) for i in range(40)]
+    sampler = Scripted(4, lambda context: "Action: right")
+    _, stats = _play(sampler, Corridor(4), requests)
+    assert stats.turns == 40 * 3
+    assert stats.slot_rounds == stats.rounds * 4 == stats.turns  # no slot was ever idle
+    assert set(sampler.widths) <= {16, 32, 64}
+    assert stats.padded_tokens == sum(sampler.widths) * 4
+
+
+# ------------------------------------------------------------------------------------------------
+# The real sampler with a tiny model that has learned to speak: a bigram bias on top of its logits.
+# ------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _speaker():
+    template = _template()
+    config = ModelConfig(
+        vocab_size=template.vocab_size, width=16, num_layers=1, num_heads=2, num_kv_heads=1,
+        mlp_width=16, compute_dtype="float32",
+    )  # fmt: skip
+    inner = make_policy(config)
+    assistant = template.encode_observation("x")[-1]
+    mark = template.encode_answer("Action: x")[0]
+    end = template.stop_ids[0]
+    bias = np.zeros((config.vocab_size, config.vocab_size), np.float32)
+    bias[:, end] = 8.0
+    bias[assistant, mark] = 11.0
+    for word in WORDS:
+        bias[mark, template.encode_answer(f"Action: {word}")[1]] = 9.0
+    bias = jnp.asarray(bias)
+
+    def apply_fn(params, tokens, **where):
+        return 8 * inner.apply_fn(params, tokens, **where) + bias[tokens]
+
+    def decode_fn(params, cache, tokens, start, last):
+        logits, cache = inner.decode_fn(params, cache, tokens, start, last)
+        at = jnp.maximum(last, 0)[:, None]
+        token = jnp.take_along_axis(tokens, at, axis=1)[:, 0]
+        return 8 * logits + bias[token], cache
+
+    policy = Policy(apply_fn, inner.init_cache, decode_fn, inner.resize_cache)
+    return policy, init_params(config, jax.random.key(1))
+
+
+def _sample(num_slots, requests, seed=0, **more):
+    policy, params = _speaker()
+    settings = SamplerSettings(200, 8, _template().stop_ids)
+    sampler = make_sampler(policy, settings, num_slots=num_slots)
+    done, stats = _play(sampler, Corridor(num_slots), requests, params=params, seed=seed, **more)
+    return {(t.task_id, t.rollout): t for t in done}, stats
+
+
+REQUESTS = [EpisodeRequest(f"task {i % 6}", i // 6) for i in range(24)]
+
+
+@functools.cache
+def _reference():
+    return _sample(8, REQUESTS)[0]
+
+
+def _tokens(episodes):
+    return {key: [step.answer_ids for step in t.steps] for key, t in episodes.items()}
+
+
+def test_the_speaker_is_worth_testing_with():
+    statuses = Counter(t.status for t in _reference().values())
+    assert {Status.SUCCESS, Status.FAILED} <= set(statuses)
+    assert any(s.action is None for t in _reference().values() for s in t.steps)
+    assert len({tuple(ids) for ids in _tokens(_reference()).values()}) > 12
+
+
+def test_episodes_do_not_depend_on_slots_neighbours_or_order():
+    shuffled = random.Random(0).sample(REQUESTS, len(REQUESTS))
+    assert _tokens(_sample(3, shuffled)[0]) == _tokens(_reference())
+    alone = _sample(3, [EpisodeRequest("task 4", 2)])[0]
+    assert _tokens(alone) == {("task 4", 2): _tokens(_reference())["task 4", 2]}
+
+
+def test_episodes_depend_on_the_seed():
+    assert _tokens(_sample(8, REQUESTS, seed=1)[0]) != _tokens(_reference())
+
+
+def test_log_probabilities_are_those_of_the_forward_pass():
+    """What was recorded while sampling is what training would compute for the same tokens."""
+    policy, params = _speaker()
+    for episode in list(_reference().values())[:6]:
+        out = _template().encode_trajectory(episode)
+        length = len(out.tokens)
+        logits = policy.apply_fn(
+            params, out.tokens[None], positions=np.arange(length, dtype=np.int32)[None],
+            subtree_end=np.full((1, length), length, np.int32),
+        )  # fmt: skip
+        logps = jax.nn.log_softmax(logits[0, :-1])[np.arange(length - 1), out.tokens[1:]]
+        for step, start, end in zip(episode.steps, out.turn_start, out.turn_end, strict=True):
+            assert float(logps[start - 1 : end - 1].sum()) == pytest.approx(
+                step.answer_logp, abs=2e-3
+            )
+
+
+def test_an_interrupted_collection_is_resumed_with_equal_results(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+
+    class Interrupted(TrajectoryWriter):
+        def write(self, trajectory):
+            super().write(trajectory)
+            if self.path.read_bytes().count(b"\n") == 7:
+                raise KeyboardInterrupt
+
+    policy, params = _speaker()
+    settings = SamplerSettings(200, 8, _template().stop_ids)
+    sampler = make_sampler(policy, settings, num_slots=8)
+    run = functools.partial(
+        collect, sampler, params, _template(), env_name="corridor", policy_name="weak", seed=0
+    )
+    with Interrupted(path) as writer, pytest.raises(KeyboardInterrupt):
+        run(Corridor(8), REQUESTS, on_done=writer.write)
+    there = {(t.task_id, t.rollout) for t in read_trajectories(path)}
+    assert len(there) == 7
+    rest = [r for r in REQUESTS if (r.task_id, r.rollout) not in there]
+    with TrajectoryWriter(path) as writer:
+        run(Corridor(8), rest, on_done=writer.write)
+    episodes = read_trajectories(path)
+    assert len(episodes) == len(REQUESTS)
+    assert _tokens({(t.task_id, t.rollout): t for t in episodes}) == _tokens(_reference())
+
+
+def test_what_does_not_fit_together_is_refused():
+    with pytest.raises(ValueError, match="2 slots and the pool 3"):
+        _play(Scripted(2, None), Corridor(3), [])
+    sampler = Scripted(2, None)
+    sampler.settings = SamplerSettings(64, 8, (7,))
+    with pytest.raises(ValueError, match="stop_ids"):
+        _play(sampler, Corridor(2), [])
+    with pytest.raises(ValueError, match="'t': rollout -1"):
+        _play(Scripted(2, None), Corridor(2), [EpisodeRequest("t", -1)])

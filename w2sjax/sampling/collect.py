@@ -1,0 +1,373 @@
+"""Rollouts: a policy plays an environment pool, many episodes side by side.
+
+Each slot of the sampler is tied to the environment slot of the same number. A slot whose episode
+ends takes the next request at once, and shapes never change while the queue lasts. An episode is a
+function of (seed, task, rollout) alone: neither slots, nor neighbours, nor the order of requests
+matter, beyond float rounding of the logits.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from w2sjax.chat import MALFORMED_OBSERVATION, ChatTemplate, parse_answer
+from w2sjax.envs import EnvFailure, EnvPool, Outcome, Reset
+from w2sjax.sampling.sampler import Sampler, SlotState, TurnResult
+from w2sjax.types import Status, Step, Trajectory
+
+_SMALLEST_CHUNK = 16  # chunks are padded to powers of two from here: few shapes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeRequest:
+    """One episode to sample."""
+
+    task_id: str
+    rollout: int  # index among the rollouts of this task, >= 0
+
+
+@dataclasses.dataclass
+class CollectStats:
+    """What a collection did so far.
+
+    Attributes:
+      statuses: finished episodes by status.
+      turns: answers sampled.
+      malformed: answers without an action; those that were cut off count too.
+      sampled_tokens: tokens sampled, ends of turn included.
+      prompt_tokens: tokens of instructions and observations given to the model.
+      rounds: turns of the whole sampler.
+      slot_rounds: rounds × slots; `turns / slot_rounds` is the share of slots that were at work.
+      padded_tokens: the same with padding and idle slots: what prefilling paid for.
+      seconds: wall time so far; `model_seconds` and `env_seconds` are parts of it.
+    """
+
+    statuses: collections.Counter[Status] = dataclasses.field(default_factory=collections.Counter)
+    turns: int = 0
+    malformed: int = 0
+    sampled_tokens: int = 0
+    prompt_tokens: int = 0
+    padded_tokens: int = 0
+    rounds: int = 0
+    slot_rounds: int = 0
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+    env_seconds: float = 0.0
+
+    @property
+    def episodes(self) -> int:
+        """Finished episodes."""
+        return sum(self.statuses.values())
+
+    @property
+    def scored(self) -> int:
+        """Finished episodes that say something about the policy."""
+        return sum(count for status, count in self.statuses.items() if status.scored)
+
+
+@dataclasses.dataclass
+class _Episode:
+    """An episode under way."""
+
+    request: EpisodeRequest
+    task_hash: tuple[int, int]  # two words of 32 bits
+    instruction: str
+    first_observation: str
+    max_steps: int
+    chunk: list[int]  # tokens that the model gets next
+    context: int = 0  # tokens in the slot's context
+    score: float = 0.0
+    steps: list[Step] = dataclasses.field(default_factory=list)
+
+
+def collect(
+    sampler: Sampler,
+    params: Any,
+    template: ChatTemplate,
+    pool: EnvPool,
+    requests: Sequence[EpisodeRequest],
+    *,
+    env_name: str,
+    policy_name: str,
+    seed: int,
+    on_done: Callable[[Trajectory], None],
+    progress: Callable[[int, int, CollectStats], None] | None = None,
+) -> CollectStats:
+    """Samples one episode per request.
+
+    Every episode reaches `on_done` as soon as it ends, in no fixed order; one that is stopped from
+    outside (an interrupt) leaves those behind that have ended. How an episode ends:
+
+    - the environment ends it: success or failed, its own verdict;
+    - its step limit is reached: step_limit. An answer that is malformed or was cut off costs a
+    step;
+      the environment does not see it;
+    - the next observation does not fit into the context, or an answer fills it: token_limit;
+    - the environment or its worker breaks: env_error, with what it said in `error`, score 0. The
+      answer that it broke at is not among the steps;
+    - the policy's numbers are not finite: policy_error, likewise.
+
+    Args:
+      sampler: the policy's sampler; one slot per slot of the pool.
+      params: the policy's parameters.
+      template: how texts become ids; its `stop_ids` must be among the sampler's.
+      pool: environments, `sampler.num_slots` of them.
+      requests: what to sample.
+      env_name: recorded in the trajectories.
+      policy_name: recorded in the trajectories.
+      seed: sampling keys are a function of (seed, task, rollout, turn, token).
+      on_done: takes each finished episode; what it raises stops the collection.
+      progress: called with (finished, requested, statistics) after rounds that finished an episode.
+
+    Returns:
+      Statistics of the whole collection.
+
+    Raises:
+      ValueError: sampler, pool and template do not fit together.
+      RuntimeError: the pool has restarted its workers too often.
+    """
+    _check(sampler, template, pool, requests)
+    run = _Run(sampler, params, template, pool, env_name, policy_name, seed, on_done)
+    started = time.perf_counter()
+    queue = collections.deque(requests)
+    reported = 0
+    while run.refill(queue):
+        run.play_round()
+        run.stats.seconds = time.perf_counter() - started
+        if progress is not None and run.stats.episodes > reported:
+            reported = run.stats.episodes
+            progress(reported, len(requests), run.stats)
+    run.stats.seconds = time.perf_counter() - started
+    if progress is not None and run.stats.episodes > reported:
+        progress(run.stats.episodes, len(requests), run.stats)
+    return run.stats
+
+
+def _check(
+    sampler: Sampler, template: ChatTemplate, pool: EnvPool, requests: Sequence[EpisodeRequest]
+) -> None:
+    if sampler.num_slots != pool.num_slots:
+        raise ValueError(
+            f"the sampler has {sampler.num_slots} slots and the pool {pool.num_slots}; make both "
+            "with the same num_slots"
+        )
+    if missing := set(template.stop_ids) - set(sampler.settings.stop_ids):
+        raise ValueError(
+            f"the sampler's stop_ids {sampler.settings.stop_ids} lack {sorted(missing)}, which end "
+            "an answer in this chat template; make the sampler with stop_ids=template.stop_ids"
+        )
+    for request in requests:
+        if request.rollout < 0:
+            raise ValueError(f"request of task {request.task_id!r}: rollout {request.rollout} < 0")
+
+
+@jax.jit
+def _turn_keys(
+    key: jax.Array, high: jax.Array, low: jax.Array, rollout: jax.Array, turn: jax.Array
+) -> jax.Array:
+    """PRNG keys [S] of one turn; all arguments but `key` are uint32 [S]."""
+
+    def one(*words: jax.Array) -> jax.Array:
+        folded = key
+        for word in words:
+            folded = jax.random.fold_in(folded, word)
+        return folded
+
+    return jax.vmap(one)(high, low, rollout, turn)
+
+
+def _task_hash(task_id: str) -> tuple[int, int]:
+    digest = hashlib.blake2b(task_id.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
+
+
+class _Run:
+    """The state of one collection."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: Any,
+        template: ChatTemplate,
+        pool: EnvPool,
+        env_name: str,
+        policy_name: str,
+        seed: int,
+        on_done: Callable[[Trajectory], None],
+    ) -> None:
+        self.stats = CollectStats()
+        self._sampler, self._params, self._template, self._pool = sampler, params, template, pool
+        self._env_name, self._policy_name, self._seed = env_name, policy_name, seed
+        self._on_done = on_done
+        self._key = jax.random.key(seed)
+        self._state: SlotState = sampler.init()
+        self._episodes: list[_Episode | None] = [None] * sampler.num_slots
+
+    def refill(self, queue: collections.deque[EpisodeRequest]) -> bool:
+        """Starts episodes in free slots; returns whether any slot has an episode."""
+        while queue and (free := [i for i, e in enumerate(self._episodes) if e is None]):
+            starting = {slot: queue.popleft() for slot in free[: len(queue)]}
+            began = time.perf_counter()
+            answers = self._pool.reset({slot: r.task_id for slot, r in starting.items()})
+            self.stats.env_seconds += time.perf_counter() - began
+            for slot, request in starting.items():
+                self._start(slot, request, answers[slot])
+        return any(episode is not None for episode in self._episodes)
+
+    def _start(self, slot: int, request: EpisodeRequest, reset: Reset | EnvFailure) -> None:
+        failed = isinstance(reset, EnvFailure)
+        episode = _Episode(
+            request=request,
+            task_hash=_task_hash(request.task_id),
+            instruction="" if failed else reset.instruction,
+            first_observation="" if failed else reset.first_observation,
+            max_steps=0 if failed else reset.max_steps,
+            chunk=[],
+        )
+        self._episodes[slot] = episode
+        if failed:
+            self._finish(slot, Status.ENV_ERROR, error=reset.message)
+            return
+        episode.chunk = self._template.encode_start(episode.instruction, episode.first_observation)
+        if len(episode.chunk) >= self._sampler.settings.max_length:
+            self._finish(slot, Status.TOKEN_LIMIT)
+
+    def play_round(self) -> None:
+        """One turn in every busy slot."""
+        result = self._sample()
+        actions: dict[int, str] = {}
+        said: dict[int, Step] = {}
+        for slot, episode in enumerate(self._episodes):
+            if episode is None:
+                continue
+            step = self._read(slot, episode, result)
+            if step is None:
+                continue
+            said[slot] = step
+            if step.action is not None:
+                actions[slot] = step.action
+        outcomes: Mapping[int, Outcome | EnvFailure] = {}
+        if actions:
+            began = time.perf_counter()
+            outcomes = self._pool.step(actions)
+            self.stats.env_seconds += time.perf_counter() - began
+        for slot, step in said.items():
+            self._advance(slot, step, outcomes.get(slot))
+
+    def _sample(self) -> TurnResult:
+        """Gives every busy slot its chunk and samples its answer."""
+        began = time.perf_counter()
+        num_slots = self._sampler.num_slots
+        longest = max(len(episode.chunk) for episode in self._episodes if episode is not None)
+        width = _SMALLEST_CHUNK
+        while width < longest:
+            width *= 2
+        chunk = np.zeros((num_slots, width), np.int32)
+        length = np.zeros(num_slots, np.int32)
+        reset = np.zeros(num_slots, bool)
+        words = np.zeros((4, num_slots), np.uint32)
+        for slot, episode in enumerate(self._episodes):
+            if episode is None:
+                continue
+            length[slot] = len(episode.chunk)
+            chunk[slot, : length[slot]] = episode.chunk
+            reset[slot] = not episode.steps
+            words[:, slot] = (*episode.task_hash, episode.request.rollout, len(episode.steps))
+            episode.context += len(episode.chunk)
+        keys = _turn_keys(self._key, *words)
+        self._state, result = self._sampler.turn(
+            self._params, self._state, chunk, length, reset, keys
+        )
+        result = jax.device_get(result)
+        stats = self.stats
+        stats.rounds += 1
+        stats.slot_rounds += num_slots
+        stats.turns += int((length > 0).sum())
+        stats.prompt_tokens += int(length.sum())
+        stats.padded_tokens += chunk.size
+        stats.sampled_tokens += int(result.length.sum())
+        stats.model_seconds += time.perf_counter() - began
+        return result
+
+    def _read(self, slot: int, episode: _Episode, result: TurnResult) -> Step | None:
+        """What the agent said in a slot; None where the episode has ended with it."""
+        ids = tuple(result.tokens[slot, : result.length[slot]].tolist())
+        logp = float(result.logp[slot])
+        episode.context += len(ids)
+        if not math.isfinite(logp):
+            self._finish(
+                slot,
+                Status.POLICY_ERROR,
+                error=f"log-probability of answer {len(episode.steps)} is {logp}",
+            )
+            return None
+        answer = self._template.decode_answer(ids)
+        action = None if result.truncated[slot] else parse_answer(answer).action
+        self.stats.malformed += action is None
+        step = Step(answer, action, "", answer_ids=ids, answer_logp=logp)
+        if result.full[slot]:
+            if ids:
+                episode.steps.append(step)
+            self._finish(slot, Status.TOKEN_LIMIT)
+            return None
+        return step
+
+    def _advance(self, slot: int, step: Step, outcome: Outcome | EnvFailure | None) -> None:
+        """Records a step and what followed it; ends the episode or prepares its next turn."""
+        episode = self._episodes[slot]
+        status = None
+        if step.action is None:
+            step = dataclasses.replace(step, observation=MALFORMED_OBSERVATION)
+        elif isinstance(outcome, EnvFailure):
+            self._finish(
+                slot, Status.ENV_ERROR, error=f"at action {step.action!r}: {outcome.message}"
+            )
+            return
+        else:
+            step = dataclasses.replace(
+                step, observation=outcome.observation, reward=outcome.score - episode.score
+            )
+            episode.score = outcome.score
+            if outcome.done:
+                status = Status.SUCCESS if outcome.success else Status.FAILED
+        episode.steps.append(step)
+        if status is None and len(episode.steps) >= episode.max_steps:
+            status = Status.STEP_LIMIT
+        if status is None:
+            episode.chunk = [
+                *self._template.close_answer(step.answer_ids),
+                *self._template.encode_observation(step.observation),
+            ]
+            if episode.context + len(episode.chunk) >= self._sampler.settings.max_length:
+                status = Status.TOKEN_LIMIT
+        if status is not None:
+            self._finish(slot, status)
+
+    def _finish(self, slot: int, status: Status, error: str = "") -> None:
+        episode = self._episodes[slot]
+        self._episodes[slot] = None
+        self.stats.statuses[status] += 1
+        self._on_done(
+            Trajectory(
+                task_id=episode.request.task_id,
+                rollout=episode.request.rollout,
+                env=self._env_name,
+                policy=self._policy_name,
+                seed=self._seed,
+                instruction=episode.instruction,
+                first_observation=episode.first_observation,
+                steps=tuple(episode.steps),
+                status=status,
+                score=episode.score if status.scored else 0.0,
+                error=error,
+            )
+        )
