@@ -211,7 +211,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """Checks every value that a type cannot rule out.
 
     Raises:
-      ValueError: one sentence per impossible value, each naming the field, what it is and what it may be.
+      ValueError: one sentence per impossible value, each naming the field, what it is and what it
+      may be.
     """
     problems: list[str] = []
 
@@ -250,8 +251,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         problems.append("config.pretrain.random_low is above config.pretrain.random_high")
     if config.train.preference_steps >= config.train.steps:
         problems.append(
-            f"config.train.preference_steps is {config.train.preference_steps}; it must be less than "
-            f"config.train.steps ({config.train.steps}), which it is a part of"
+            f"config.train.preference_steps is {config.train.preference_steps}; it must be less "
+            f"than config.train.steps ({config.train.steps}), which it is a part of"
         )
     if config.evaluate.headline not in config.evaluate.modes:
         problems.append(

@@ -1,8 +1,8 @@
 """The frozen records that cross rooms, and the shape letters.
 
-Shape letters, project-wide: `B` tasks or trees, `R` rollouts per task, `T` environment steps, `N` nodes,
-`P` pairs, `L` tokens in a row, `S` rows (or sampling slots), `V` vocabulary, `D` width, `H` heads,
-`K` key/value heads.
+Shape letters, project-wide: `B` tasks or trees, `R` rollouts per task, `T` environment steps, `N`
+nodes, `P` pairs, `L` tokens in a row, `S` rows (or sampling slots), `V` vocabulary, `D` width, `H`
+heads, `K` key/value heads.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ class Trajectory:
 class TrajectoryTree:
     """One task's trajectories merged by common prefixes: fixed capacity, breadth-first, root 0.
 
-    Children of a node are contiguous; `parent[v] < v`; nodes at or past `num_nodes` are inert padding
-    (all zeros, `parent`, `first_child` and `representative` −1). Batched by `jax.vmap` (leading axis B).
+    Children of a node are contiguous; `parent[v] < v`; nodes at or past `num_nodes` are inert
+    padding (all zeros, `parent`, `first_child` and `representative` −1). Batched by `jax.vmap`
+    (leading axis B).
     """
 
     parent: chex.Array  # int32 [N], −1 at the root
@@ -104,11 +105,12 @@ class TrajectoryTree:
 
 @chex.dataclass(frozen=True)
 class PackedBatch:
-    """Rows of tokens that the train step consumes: one or more sequences (or whole token trees) per row.
+    """Rows of tokens that the train step consumes: sequences, or whole token trees, side by side.
 
-    Token i may attend to token j of its row exactly when `j <= i < subtree_end[j]`. For a plain sequence
-    `subtree_end` is where the sequence ends; padding has `subtree_end == 0`, so nothing attends to it.
-    The logits that predict token i are those at `predecessor[i]` (i − 1 in plain sequences).
+    Token i may attend to token j of its row exactly when `j <= i < subtree_end[j]`. For a plain
+    sequence `subtree_end` is where the sequence ends; padding has `subtree_end == 0`, so nothing
+    attends to it. The logits that predict token i are those at `predecessor[i]` (i − 1 in plain
+    sequences).
     """
 
     tokens: chex.Array  # int32 [S, L]
@@ -128,11 +130,12 @@ class PackedBatch:
 class Policy(NamedTuple):
     """A language model as plain functions over a pytree of parameters.
 
-    apply_fn(params, tokens [S, L], *, positions [S, L], subtree_end [S, L]) → logits float32 [S, L, V]
+    apply_fn(params, tokens [S, L], *, positions [S, L], subtree_end [S, L]) →
+      logits float32 [S, L, V]
     init_cache(num_slots, max_length) → cache (a pytree, leading axes chosen by the model)
     decode_fn(params, cache, tokens [S, C], start [S], last [S]) → (logits float32 [S, V], cache):
-      writes the chunk's keys and values at positions start … start+C−1 of every slot, lets each token attend
-      to all cached positions up to its own, returns the logits at chunk index `last`.
+      writes the chunk's keys and values at positions start … start+C−1 of every slot, lets each
+      token attend to all cached positions up to its own, returns the logits at chunk index `last`.
       Chunk tokens after `last`, and positions past the end of the cache, are not written.
     resize_cache(cache, length) → a cache of positions 0 … length − 1: shortened, or with empty
       positions added. None: a cache keeps the length it was made with.

@@ -1,4 +1,4 @@
-"""How good a policy is on held-out tasks, and how much of the gap to expert training it recovered."""
+"""How good a policy is on held-out tasks, and how much of the gap to expert play it closed."""
 
 from w2sjax.evaluate.metrics import (
     Interval,

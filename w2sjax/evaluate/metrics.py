@@ -1,7 +1,7 @@
 """Reward, success, performance gap recovered, and their bootstrap intervals.
 
-Everything is paired by task: one resampling of tasks serves all methods of a comparison, so that the
-interval of a difference or of a PGR is that of the difference, not of two independent means.
+Everything is paired by task: one resampling of tasks serves all methods of a comparison, so that
+the interval of a difference or of a PGR is that of the difference, not of two independent means.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Mean over tasks of `values − reference`, both float [B]; tasks where either is NaN are left out."""
+    """Mean over tasks of `values − reference`, both float [B]; tasks where either is NaN are left
+    out.
+    """
     return mean_interval(
         values - reference, num_resamples=num_resamples, confidence=confidence, seed=seed
     )
@@ -137,13 +139,14 @@ def pgr_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Performance gap recovered, (w2s − weak) / (ceiling − weak) (Burns et al. 2023, arXiv 2312.09390).
+    """Performance gap recovered, (w2s − weak) / (ceiling − weak) (Burns et al. 2023, arXiv
+    2312.09390).
 
     Args:
       values, weak, ceiling: float [B], one value a task, same tasks; NaN tasks are left out.
-      num_resamples: bootstrap draws over tasks. Draws whose ceiling does not beat their weak policy have no
-        PGR; when more than 2.5 % of them are such, the interval is undefined, since the gap is not
-        distinguishable from none.
+      num_resamples: bootstrap draws over tasks. Draws whose ceiling does not beat their weak policy
+        have no PGR; when more than 2.5 % of them are such, the interval is undefined, since the gap
+        is not distinguishable from none.
       confidence: two-sided coverage.
       seed: of the resampling.
 
@@ -182,13 +185,14 @@ def compare(
 
     Args:
       scores: results per method on the same tasks.
-      weak, ceiling: the methods that PGR is measured between; where one is absent, PGR is undefined.
+      weak, ceiling: the methods that PGR is measured between; where one is absent, PGR is
+      undefined.
       reference: the method that paired differences are taken to.
       num_resamples: bootstrap draws.
 
     Returns:
-      method → {reward, success, pgr (on reward), pgr_success, difference (of success to the reference),
-      difference_to_weak, unscored, mean_steps}; intervals as dicts.
+      method → {reward, success, pgr (on reward), pgr_success, difference (of success to the
+      reference), difference_to_weak, unscored, mean_steps}; intervals as dicts.
     """
     rows = {}
     options = {"num_resamples": num_resamples}

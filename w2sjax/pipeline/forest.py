@@ -39,7 +39,8 @@ class Forest:
 def build_forest(episodes: Sequence[Trajectory], *, merge_on: str) -> Forest:
     """Groups episodes by task and builds a tree of each task.
 
-    Episodes that broke (env_error, policy_error) are in no tree. A malformed answer is merged on its text.
+    Episodes that broke (env_error, policy_error) are in no tree. A malformed answer is merged on
+    its text.
 
     Args:
       episodes: E of them, in their canonical order.
@@ -54,7 +55,7 @@ def build_forest(episodes: Sequence[Trajectory], *, merge_on: str) -> Forest:
             by_task.setdefault(episode.task_id, []).append(index)
     if not by_task:
         raise ValueError(
-            f"trees: none of the {len(episodes)} rollouts was scored; see their errors in the stage "
+            f"trees: none of the {len(episodes)} rollouts was scored; see their errors in stage "
             "'rollouts', episodes.jsonl"
         )
     groups = list(by_task.values())
@@ -145,7 +146,7 @@ def room(forest: Forest, gate: ml_collections.ConfigDict) -> dict[str, Any]:
         ("tasks_with_success", facts["tasks_with_success"] < gate.min_tasks_with_success,
          f"below {gate.min_tasks_with_success}: most trees hold nothing but failures"),
         ("shared_steps", facts["shared_steps"] < gate.min_shared_steps,
-         f"below {gate.min_shared_steps}: rollouts share no prefixes, so trees hardly differ from lists"),
+         f"below {gate.min_shared_steps}: without common prefixes a tree is a list"),
     )  # fmt: skip
     facts["warnings"] = [
         f"{name} is {facts[name]}, {text}" for name, failed, text in checks if failed
@@ -159,8 +160,9 @@ def search_forest(
     """Runs offline MCTS and the backups on every tree.
 
     Returns:
-      `node_visits` int32 [B, N], `mcts_values`, `mean_values`, `max_values` float32 [B, N], and the paths
-      that MCTS visits most: `path_nodes` int32 [B, T+1] (−1 past the end), `path_length` int32 [B].
+      `node_visits` int32 [B, N], `mcts_values`, `mean_values`, `max_values` float32 [B, N], and the
+      paths that MCTS visits most: `path_nodes` int32 [B, T+1] (−1 past the end), `path_length`
+      int32 [B].
     """
 
     def one(tree):
@@ -201,9 +203,9 @@ def make_targets(
       seed: of the random matching (`dpo`).
 
     Returns:
-      Name → (arrays, counts). For `sft_all`, `sft_success`, `mcts` and `tree_awr`: `step_weights` float32
-      [E, T]. For `dpo` and `tree_dpo`: int32 [P] `chosen`, `rejected` (episodes), `…_start`, `…_end`
-      (steps), and `value_gap` float32 [P].
+      Name → (arrays, counts). For `sft_all`, `sft_success`, `mcts` and `tree_awr`: `step_weights`
+      float32 [E, T]. For `dpo` and `tree_dpo`: int32 [P] `chosen`, `rejected` (episodes),
+      `…_start`, `…_end` (steps), and `value_gap` float32 [P].
     """
     num_steps = forest.tree.trajectory_node.shape[-1] - 1
     every_step = np.arange(num_steps) < forest.length[..., None]  # bool [B, R, T]
@@ -252,7 +254,9 @@ def make_targets(
 def _best_path_weights(
     forest: Forest, values: Mapping[str, np.ndarray], min_return: float
 ) -> np.ndarray:
-    """1 on the steps of each tree's best path, in the text of the trajectory that stands for its end."""
+    """1 on the steps of each tree's best path, in the text of the trajectory that stands for its
+    end.
+    """
     weights = np.zeros((*forest.episode.shape, values["path_nodes"].shape[1] - 1), np.float32)
     tree = forest.tree
     for row, length in enumerate(values["path_length"]):
@@ -269,7 +273,9 @@ def _awr_weights(
     settings: ml_collections.ConfigDict,
     discount: float,
 ) -> np.ndarray:
-    """exp(advantage / β) on every step; steps below which nothing was ever returned are left out."""
+    """exp(advantage / β) on every step; steps below which nothing was ever returned are left
+    out.
+    """
 
     def one(tree, mean_values, max_values):
         advantages = targets.edge_advantages(tree, mean_values, discount=discount)

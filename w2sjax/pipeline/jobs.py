@@ -1,4 +1,6 @@
-"""What stages are made of: play, sample, train. Each fills a directory and reports what it left out."""
+"""What stages are made of: play, sample, train. Each fills a directory and reports what it left
+out.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ class Jobs:
         *,
         policy_name: str,
     ) -> dict[str, Any]:
-        """Writes whole episodes of the environment's expert, with as many random steps as wanted."""
+        """Writes whole episodes of the environment's expert, with as many random steps as
+        wanted.
+        """
         with progress_bar(f"episodes, {policy_name}", len(requests), "episodes") as update:
             episodes = play_episodes(
                 pool,
@@ -103,8 +107,8 @@ class Jobs:
     ) -> dict[str, Any]:
         """Lets a model act; episodes that are on disk already are not sampled again.
 
-        When all are there, the file is put in the order of `requests`, so that its bytes do not depend
-        on the order in which episodes ended, or on interruptions.
+        When all are there, the file is put in the order of `requests`, so that its bytes do not
+        depend on the order in which episodes ended, or on interruptions.
         """
         c = self.config
         path = directory / EPISODES
@@ -315,8 +319,8 @@ def to_sequences(
       template: turns text into tokens.
       episodes: E of them.
       max_length: longer sequences are left out.
-      step_weights: float32 [E, T], what each answer's tokens count; all 1 where None. What follows the
-        last answer that counts is cut off; an episode without any is not a sequence.
+      step_weights: float32 [E, T], what each answer's tokens count; all 1 where None. What follows
+        the last answer that counts is cut off; an episode without any is not a sequence.
       all_tokens: what the environment said counts as well (pretraining).
 
     Returns:
@@ -351,13 +355,15 @@ def to_pairs(
     max_length: int,
     arrays: dict[str, np.ndarray],
 ) -> tuple[list[batches.PairSequences], int]:
-    """Pairs of continuations as pairs of sequences; a side's tokens before its first step are context.
+    """Pairs of continuations as pairs of sequences; a side's tokens before its first step are
+    context.
 
     Args:
       template: turns text into tokens.
       episodes: what the indices point into.
       max_length: pairs with a longer side are left out.
-      arrays: int [P] each: `chosen`, `rejected` (episodes) and, of either, `…_start`, `…_end` (steps).
+      arrays: int [P] each: `chosen`, `rejected` (episodes) and, of either, `…_start`, `…_end`
+      (steps).
 
     Returns:
       The pairs, and how many were left out because a side is too long.
@@ -398,7 +404,9 @@ def _require(items: Sequence, title: str, source: str) -> None:
 
 
 def _write_episodes(path: Path, episodes: Sequence[Trajectory]) -> None:
-    """Writes a whole file of episodes, so that a reader sees the old or the new one, never a part."""
+    """Writes a whole file of episodes, so that a reader sees the old or the new one, never a
+    part.
+    """
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     with TrajectoryWriter(temporary) as out:
@@ -422,8 +430,8 @@ def _sampling_facts(stats: CollectStats) -> dict[str, Any]:
 def _share_text(stats: CollectStats) -> str:
     seconds = max(stats.seconds, 1e-9)
     return (
-        f"{stats.sampled_tokens / seconds:.0f} tokens/s, model {stats.model_seconds / seconds:.0%}, "
-        f"environment {stats.env_seconds / seconds:.0%}"
+        f"{stats.sampled_tokens / seconds:.0f} tokens/s, "
+        f"model {stats.model_seconds / seconds:.0%}, environment {stats.env_seconds / seconds:.0%}"
     )
 
 

@@ -1,8 +1,8 @@
 """Stages on disk: a directory each, written atomically, skipped when its manifest matches.
 
-A stage is known by its key: a hash of its name, the settings it reads, the keys of the stages it reads
-and the format version. While it runs, it works in `<directory>.partial`, so that a run that was cut off goes on
-there; when it is done, its manifest is written and the directory renamed.
+A stage is known by its key: a hash of its name, the settings it reads, the keys of the stages it
+reads and the format version. While it runs, it works in `<directory>.partial`, so that a run that
+was cut off goes on there; when it is done, its manifest is written and the directory renamed.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def run_stage(
       directory: where its results go; created whole or not at all.
       settings: JSON values, all that `make` depends on besides the inputs.
       inputs: role → finished stage that `make` reads.
-      make: fills the (possibly partly filled) directory that it is given; what it returns goes into the manifest.
+      make: fills the (possibly partly filled) directory that it is given; what it returns goes into
+      the manifest.
 
     Returns:
       The finished stage.

@@ -1,11 +1,11 @@
 """The order of the stages.
 
-    transcripts → pretrained weak and strong model                 (cached, shared by seeds and methods)
-    demonstrations → weak policy → rollouts → trees → search → targets
+    transcripts → pretrained weak and strong model                 (cached, shared by seeds and
+    methods) demonstrations → weak policy → rollouts → trees → search → targets
     targets → one trained model per method → episodes on held-out tasks → report
 
-Every stage reads directories and writes one, atomically, with a manifest: a matching manifest means skip.
-Inside a stage, rollouts go on by episode and training by step.
+Every stage reads directories and writes one, atomically, with a manifest: a matching manifest means
+skip. Inside a stage, rollouts go on by episode and training by step.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def run(
       The report, as written to `workdir/report.json`.
 
     Raises:
-      ValueError: an impossible setting, a workdir of another config, a stage with nothing to work on.
+      ValueError: an impossible setting, a workdir of another config, a stage with nothing to work
+      on.
       OSError: the workdir cannot be written.
       FloatingPointError: a loss became NaN or infinite; the last good checkpoint is kept.
     """
@@ -73,7 +74,9 @@ def run(
 
 
 def cache_directory(config: ml_collections.ConfigDict) -> Path:
-    """Where pretrained models and compiled programs are kept: config, $W2SJAX_CACHE, or the user's."""
+    """Where pretrained models and compiled programs are kept: config, $W2SJAX_CACHE, or the
+    user's.
+    """
     chosen = config.cache_dir or os.environ.get("W2SJAX_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -404,7 +407,7 @@ class _Run:
         for table in report.terminal_tables(record):
             report.CONSOLE.print(table)
         report.CONSOLE.print(
-            f"Results: {self.workdir}/report.md, report.json, and a directory per stage beside them.",
+            f"Results: {self.workdir}/report.md and report.json, beside a directory per stage.",
             markup=False,
         )
         return record

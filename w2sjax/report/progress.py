@@ -1,4 +1,6 @@
-"""Progress of long stages: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+"""Progress of long stages: a bar with rate and time left on a terminal, a line now and then
+elsewhere.
+"""
 
 from __future__ import annotations
 

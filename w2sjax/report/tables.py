@@ -89,8 +89,8 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     settings = report["settings"]
     parts = [f"# {settings['name']}, seed {settings['seed']}", ""]
     parts += [
-        f"{settings['held_out']} held-out tasks of split `{settings['split']}`; 95 % bootstrap intervals "
-        "over tasks, paired where two methods are compared. Every method had "
+        f"{settings['held_out']} held-out tasks of split `{settings['split']}`; 95 % bootstrap "
+        "intervals over tasks, paired where two methods are compared. Every method had "
         f"{settings['train_steps']} optimizer steps at equal batch.",
         "",
     ]

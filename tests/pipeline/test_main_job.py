@@ -1,0 +1,168 @@
+"""The main job as its users start it: launch.py on the smoke config, cut off, resumed, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from w2sjax.config import METHODS
+from w2sjax.sampling import read_trajectories
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "--config=configs/household.py:smoke"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A cache of its own, shared by the runs of this file."""
+    return os.environ | {"W2SJAX_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+
+def launch(environment, workdir, *flags, config=CONFIG):
+    return subprocess.run(
+        [sys.executable, "launch.py", config, f"--workdir={workdir}", *flags],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(environment, tmp_path_factory):
+    """(workdir, what was printed) of a whole run."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    result = launch(environment, workdir)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return workdir, result.stdout
+
+
+def methods(workdir):
+    return json.loads((workdir / "report.json").read_text())["methods"]
+
+
+def test_every_method_has_intervals_in_both_modes(finished):
+    workdir, _ = finished
+    table = methods(workdir)
+    assert tuple(table) == METHODS or set(table) == set(METHODS)
+    for row in table.values():
+        for record in (row, row["modes"]["greedy"], row["modes"]["sampled"]):
+            for metric in ("reward", "success"):
+                low, mean, high = (record[metric][k] for k in ("low", "mean", "high"))
+                assert 0 <= low <= mean <= high <= 1
+            assert set(record["pgr"]) >= {"mean", "low", "high"}
+
+
+def test_report_says_what_was_run_and_where_the_time_went(finished):
+    workdir, printed = finished
+    report = json.loads((workdir / "report.json").read_text())
+    stages = report["stages"]
+    for name in ("transcripts", "weak", "rollouts", "trees", "search", "targets", "train/tree_dpo"):
+        assert stages[name]["seconds"] >= 0
+    text = (workdir / "report.md").read_text()
+    for method in METHODS:
+        assert f"| {method} |" in text and method in printed
+    assert "seconds per stage" in printed and str(workdir) in printed
+    for name in stages:
+        directory = workdir / name
+        assert directory.is_dir() or name in ("transcripts", "pretrained_weak", "pretrained_strong")
+    assert not list(workdir.rglob("*.partial"))
+
+
+def test_rollouts_can_be_read_and_are_in_canonical_order(finished):
+    workdir, _ = finished
+    episodes = read_trajectories(workdir / "rollouts" / "episodes.jsonl")
+    ids = [(t.task_id, t.rollout) for t in episodes]
+    assert len(set(ids)) == len(ids)
+    tasks = list(dict.fromkeys(task for task, _ in ids))
+    assert [rollout for _, rollout in ids] == list(range(len(ids) // len(tasks))) * len(tasks)
+
+
+def test_a_second_run_skips_everything_and_reports_the_same(finished, environment):
+    workdir, _ = finished
+    before = methods(workdir)
+    result = launch(environment, workdir)
+    assert result.returncode == 0, result.stderr
+    assert methods(workdir) == before
+    assert "training," not in result.stdout
+
+
+def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_numbers(
+    finished, environment, tmp_path
+):
+    """kill −9 at four moments and Ctrl-C at one, spread over the run; then the same command."""
+    workdir = tmp_path / "run"
+    command = [sys.executable, "launch.py", CONFIG, f"--workdir={workdir}"]
+    waits = [("rollouts.partial", signal.SIGKILL), ("targets", signal.SIGKILL)]
+    waits += [("train/tree_awr.partial", signal.SIGKILL), ("train/dpo.partial", signal.SIGINT)]
+    waits += [("evaluate/mcts.greedy.partial", signal.SIGKILL)]
+    for marker, how in waits:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + 300
+        while not (workdir / marker).exists():
+            assert process.poll() is None, process.stdout.read().decode()
+            assert time.monotonic() < deadline, f"{marker} did not appear"
+            time.sleep(0.02)
+        time.sleep(0.1)
+        process.send_signal(how)
+        process.wait(60)
+        assert process.returncode != 0 and not (workdir / "report.json").exists()
+    result = launch(environment, workdir)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert methods(workdir) == methods(finished[0])
+    for name in ("rollouts", "evaluate/mcts.greedy"):
+        whole = (finished[0] / name / "episodes.jsonl").read_bytes()
+        assert (workdir / name / "episodes.jsonl").read_bytes() == whole
+
+
+def test_a_workdir_of_another_config_is_refused_with_the_difference(finished, environment):
+    workdir, _ = finished
+    result = launch(environment, workdir, "--config.train.steps=13")
+    assert result.returncode != 0
+    assert "config.train.steps: was" in result.stderr and "now 13" in result.stderr
+    assert "--start_over" in result.stderr and "Traceback" not in result.stderr
+    assert (workdir / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--config.train.stepz=3", "stepz"),
+        ("--config.train.steps=many", "train.steps"),
+        ("--config.train.steps=0", "config.train.steps"),
+        ("--config.env.name=kitchen", "env.name"),
+        ("--config.models.strong=huge", "huge"),
+    ],
+)
+def test_bad_settings_fail_at_once_and_are_named(flag, says, environment, tmp_path):
+    result = launch(environment, tmp_path / "run", flag)
+    assert result.returncode != 0
+    assert says in result.stderr + result.stdout
+
+
+def test_an_unwritable_workdir_is_named(environment, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = launch(environment, tmp_path / "file" / "run")
+    assert result.returncode != 0 and "cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_method_without_targets_says_which_stage_starved(environment, tmp_path):
+    result = launch(
+        environment,
+        tmp_path / "run",
+        "--config.methods=('weak', 'dpo')",
+        "--config.tasks.train=2",
+        "--config.rollouts.per_task=1",
+        "--config.evaluate.modes=('sampled',)",
+    )
+    assert result.returncode != 0
+    assert "nothing to train on" in result.stderr and "Traceback" not in result.stderr
