@@ -71,7 +71,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     victim = tiny_lm.start_program("run", 0.05, tmp_path / "killed")
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 23:
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 13:
         assert victim.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(victim.pid, signal.SIGKILL)
@@ -81,7 +81,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     survivor.communicate(timeout=240)
     assert survivor.returncode == 0
     started, final = (tmp_path / "killed" / "final").read_text().split()
-    assert int(started) in range(10, 30, 5)
+    assert int(started) in (10, 15, 20)
     assert f"0 {final}" == (tmp_path / "whole" / "final").read_text()
     assert metrics.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 

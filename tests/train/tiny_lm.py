@@ -2,7 +2,7 @@
 
 `python tiny_lm.py run PAUSE WORKDIR ...` trains in each WORKDIR (resuming what is there), `PAUSE`
 seconds slower per update, and writes a hash of the final state to WORKDIR/final.
-`python tiny_lm.py mesh` prints whether a mesh of 8 devices gives the losses of one device.
+`python tiny_lm.py mesh` prints whether a mesh of 4 devices gives the numbers of one device.
 """
 
 import hashlib
@@ -15,17 +15,18 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from w2sjax.batches import Sequence, sft_batches
 from w2sjax.losses import sft_loss
+from w2sjax.parallel import make_mesh, param_shardings
 from w2sjax.train import fit, init_state, make_optimizer, make_train_step
 
 VOCABULARY, WIDTH, ROW_LENGTH = 24, 8, 24
 
 
 def start_program(*arguments, **environment):
-    """Starts this file as a program of its own, on the CPU, compiling fast as conftest.py has it."""
+    """Starts this file as a program of its own, on the CPU, compiling as conftest.py has it."""
     root = pathlib.Path(__file__).parents[2]
     fixed = {
         "PYTHONPATH": str(root),
@@ -118,12 +119,12 @@ def digest(tree):
 
 
 def _run_program(pause, workdirs):
-    step = make_train_step(apply_fn, sft_loss, make_tx(60))
+    step = make_train_step(apply_fn, sft_loss, make_tx(30))
     for workdir in workdirs:
         result = run(
             workdir,
             train_step=step,
-            total_steps=60,
+            total_steps=30,
             log_every=1,
             on_step=lambda step, total, metrics: time.sleep(pause),
         )
@@ -131,22 +132,21 @@ def _run_program(pause, workdirs):
 
 
 def _mesh_program():
-    axes = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=axes)
-    specs = {
-        "embed": {"table": PartitionSpec("fsdp")},
-        "mix": {"kernel": PartitionSpec(None, "fsdp"), "bias": PartitionSpec()},
-        "out": {"kernel": PartitionSpec("fsdp")},
-    }
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    mesh = make_mesh(data=1, fsdp=2, tensor=2)
+    rules = (
+        ("mix/kernel", PartitionSpec("fsdp", "tensor")),
+        ("bias", PartitionSpec()),
+        ("", PartitionSpec("fsdp")),
+    )
+    shardings = param_shardings(init_params(), rules, mesh)
     tx = make_tx()
-    loader = make_loader(rows_per_batch=16, micro_batches=2)
+    loader = make_loader(rows_per_batch=8, micro_batches=2)
     losses = []
     for options, sharded in (({}, {}), ({"mesh": mesh}, {"param_shardings": shardings})):
         state = init_state(init_params(), tx, **options, **sharded)
         step = make_train_step(apply_fn, sft_loss, tx, accumulate=2, **options)
         metrics = []
-        for number in range(4):
+        for number in range(2):
             loaded = loader.batch(number)
             state, values = step(state, loaded.batch, loaded.extras)
             metrics.append([float(values["loss"]), float(values["grad_norm"])])

@@ -3,7 +3,7 @@
 from w2sjax.train.loop import FitResult, fit
 from w2sjax.train.optim import decay_mask, make_optimizer, make_schedule
 from w2sjax.train.score import SequenceScorer, make_sequence_scorer
-from w2sjax.train.state import TrainState, check_rows, init_state, row_sharding, single_device_mesh
+from w2sjax.train.state import TrainState, init_state
 from w2sjax.train.step import TrainStep, make_train_step
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "SequenceScorer",
     "TrainState",
     "TrainStep",
-    "check_rows",
     "decay_mask",
     "fit",
     "init_state",
@@ -19,6 +18,4 @@ __all__ = [
     "make_schedule",
     "make_sequence_scorer",
     "make_train_step",
-    "row_sharding",
-    "single_device_mesh",
 ]

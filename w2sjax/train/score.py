@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from w2sjax.batches import Sequence, fill_rows, plan_rows_decreasing
 from w2sjax.losses import per_token_logps, sequence_logps
-from w2sjax.train.state import check_rows, row_sharding, single_device_mesh
+from w2sjax.train.state import check_rows, default_mesh, row_sharding
 from w2sjax.types import PackedBatch
 
 
@@ -35,7 +35,7 @@ class SequenceScorer:
         self._apply_fn = apply_fn
         self._rows_per_batch = rows_per_batch
         self._row_length = row_length
-        self._mesh = mesh if mesh is not None else single_device_mesh()
+        self._mesh = mesh if mesh is not None else default_mesh()
         check_rows(rows_per_batch, self._mesh)
         self._jitted = jax.jit(self._score, static_argnames="num_sequences")
 

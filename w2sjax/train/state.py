@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_ROW_AXES = ("data", "fsdp")
+from w2sjax.parallel import batch_sharding, make_mesh, replicated
 
 
 @chex.dataclass(frozen=True)
@@ -44,8 +44,8 @@ def init_state(
       TrainState. Optimizer arrays that have the shape of their parameter are sharded like it, all
       others are on every device.
     """
-    mesh = mesh if mesh is not None else single_device_mesh()
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    mesh = mesh if mesh is not None else default_mesh()
+    everywhere = replicated(mesh)
     if param_shardings is None:
         param_shardings = jax.tree.map(lambda _: everywhere, params)
     abstract_opt_state = jax.eval_shape(tx.init, params)
@@ -69,16 +69,13 @@ def init_state(
     return jax.jit(init, out_shardings=out_shardings)(jax.device_put(params, param_shardings))
 
 
-def single_device_mesh() -> Mesh:
-    """A mesh of one device, with the axis name `data`."""
-    return jax.make_mesh(
-        (1,), ("data",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,)
-    )
+def default_mesh() -> Mesh:
+    """The first device alone."""
+    return make_mesh(devices=jax.devices()[:1])
 
 
 def row_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
-    """How the rows of a batch are split: over the mesh's axes `data` and `fsdp`, as far as it has
-    them.
+    """How the rows of a batch are split over the mesh.
 
     Args:
       mesh: the devices.
@@ -87,9 +84,8 @@ def row_sharding(mesh: Mesh, *, stacked: bool = False) -> NamedSharding:
     Returns:
       The sharding.
     """
-    axes = tuple(name for name in _ROW_AXES if name in mesh.axis_names)
-    rows = axes if axes else None
-    return NamedSharding(mesh, PartitionSpec(None, rows) if stacked else PartitionSpec(rows))
+    sharding = batch_sharding(mesh)
+    return NamedSharding(mesh, PartitionSpec(None, *sharding.spec)) if stacked else sharding
 
 
 def check_rows(num_rows: int, mesh: Mesh) -> None:
@@ -102,7 +98,8 @@ def check_rows(num_rows: int, mesh: Mesh) -> None:
     Raises:
       ValueError: if it does not.
     """
-    parts = math.prod(mesh.shape[name] for name in _ROW_AXES if name in mesh.axis_names)
+    axes = batch_sharding(mesh).spec[0]
+    parts = math.prod(mesh.shape[name] for name in axes)
     if num_rows % parts:
         raise ValueError(
             f"{num_rows} rows do not divide over the {parts} devices that the mesh "

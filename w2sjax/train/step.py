@@ -8,10 +8,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from w2sjax.losses import LossFn, Mean, per_token_logps
-from w2sjax.train.state import TrainState, check_rows, row_sharding, single_device_mesh
+from w2sjax.parallel import replicated
+from w2sjax.train.state import TrainState, check_rows, default_mesh, row_sharding
 from w2sjax.types import PackedBatch
 
 Metrics = dict[str, chex.Array]  # float32 [] each
@@ -39,7 +40,7 @@ class TrainStep:
         self._apply_fn = apply_fn
         self._loss_fn = loss_fn
         self._tx = tx
-        self._mesh = mesh if mesh is not None else single_device_mesh()
+        self._mesh = mesh if mesh is not None else default_mesh()
         self._accumulate = accumulate
         self._jitted: Callable[..., tuple[TrainState, Metrics]] | None = None
 
@@ -68,7 +69,7 @@ class TrainStep:
         self._check(batch)
         rows = row_sharding(self._mesh, stacked=self._accumulate > 1)
         if self._jitted is None:
-            everywhere = NamedSharding(self._mesh, PartitionSpec())
+            everywhere = replicated(self._mesh)
             state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
             self._jitted = jax.jit(
                 self._update,
