@@ -13,6 +13,15 @@ from w2sjax.config import default_config
 def get_config(arg: str = ""):
     c = default_config()
     c.name = "household"
+    c.env.options.instruction = "Act in the room to reach the goal."  # small models need no more
+    c.models.max_length = 304
+    c.pretrain.tasks = 8000
+    c.pretrain.random_low = 0.05
+    c.pretrain.random_high = 0.7
+    c.pretrain.weak_steps = 1000
+    c.pretrain.strong_steps = 2000
+    c.pretrain.loss_on = "agent"
+    c.weak.steps = 300
     if arg == "smoke":
         _smoke(c)
     elif arg == "dev":
@@ -25,16 +34,22 @@ def get_config(arg: str = ""):
 
 def _smoke(c) -> None:
     c.name = "household_smoke"
-    c.tasks.demonstrations = 16
+    c.env.options.families = ("look", "put")
+    c.env.options.num_object_types = 4
+    c.env.options.max_receptacles = 3
+    c.env.options.num_distractors = 1
+    c.env.options.max_steps = 10
+    c.tasks.demonstrations = 32
     c.tasks.train = 12
     c.tasks.held_out = 12
-    c.models.weak = "tiny"
-    c.models.strong = "xs"
-    c.pretrain.episodes = 100
-    c.pretrain.weak_steps = 20
-    c.pretrain.strong_steps = 30
-    c.weak.steps = 10
-    c.rollouts.per_task = 4
+    c.models.weak = "xs"
+    c.models.strong = "s"
+    c.models.max_length = 192
+    c.pretrain.tasks = 400
+    c.pretrain.weak_steps = 80
+    c.pretrain.strong_steps = 80
+    c.weak.steps = 40
+    c.rollouts.per_task = 8
     c.search.num_simulations = 100
     c.sampler.slots = 16
     c.train.steps = 12

@@ -53,7 +53,8 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.pretrain = ml_collections.ConfigDict()  # on unlabelled transcripts of players of mixed skill
     c.pretrain.seed = 0  # apart from `seed`, so that seeds share the pretrained models
-    c.pretrain.episodes = 2000  # transcripts, on tasks of the split "pretrain"
+    c.pretrain.tasks = 2000  # tasks of the split "pretrain"
+    c.pretrain.per_task = 1  # transcripts of each
     c.pretrain.random_low = 0.1  # each player's share of random actions is drawn per episode
     c.pretrain.random_high = 1.0  # uniformly between these two
     c.pretrain.weak_steps = 600  # optimizer steps of the weak model
@@ -143,7 +144,8 @@ _POSITIVE = (
     "tasks.held_out",
     "tokenizer.vocab_size",
     "models.max_length",
-    "pretrain.episodes",
+    "pretrain.tasks",
+    "pretrain.per_task",
     "pretrain.weak_steps",
     "pretrain.strong_steps",
     "pretrain.learning_rate",

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from w2sjax.evaluate import compare, mean_interval, paired_difference, pgr_interval, task_scores
+from w2sjax.evaluate import (
+    compare,
+    mean_interval,
+    paired_difference,
+    pgr_interval,
+    pool_runs,
+    task_scores,
+)
 from w2sjax.types import Status, Trajectory
 
 
@@ -98,3 +105,25 @@ def test_compare_has_pgr_1_for_the_ceiling_and_says_what_is_missing():
     assert "difference" not in rows["sft_success"]
     rows = compare({"weak": scores(0.2)})
     assert rows["weak"]["pgr"]["mean"] is None and "ceiling" in rows["weak"]["pgr"]["note"]
+
+
+def test_pooled_runs_have_the_mean_of_their_means_and_a_wider_interval_where_runs_differ():
+    rng = np.random.default_rng(4)
+    base = (rng.random(300) < 0.4).astype(float)
+    alike = mean_interval(np.stack([base] * 3))
+    apart = mean_interval(np.stack([base, np.zeros(300), np.ones(300)]))
+    assert alike.mean == pytest.approx(base.mean())
+    assert apart.mean == pytest.approx((base.mean() + 1) / 3)
+    assert apart.high - apart.low > 2 * (alike.high - alike.low)
+
+
+def test_a_crash_in_one_run_leaves_the_other_runs_of_the_task():
+    values = np.array([[1.0, np.nan], [0.0, 1.0]])
+    assert mean_interval(values).mean == pytest.approx(2 / 3)
+
+
+def test_runs_with_other_tasks_cannot_be_pooled():
+    one = task_scores([episode("a", Status.SUCCESS, 1.0)], ["a"])
+    two = task_scores([episode("a", Status.SUCCESS, 1.0)], ["a", "b"])
+    with pytest.raises(ValueError, match=r"\[1, 2\]"):
+        pool_runs([one, two])

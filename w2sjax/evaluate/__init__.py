@@ -7,6 +7,7 @@ from w2sjax.evaluate.metrics import (
     mean_interval,
     paired_difference,
     pgr_interval,
+    pool_runs,
     task_scores,
 )
 
@@ -17,5 +18,6 @@ __all__ = [
     "mean_interval",
     "paired_difference",
     "pgr_interval",
+    "pool_runs",
     "task_scores",
 ]

@@ -7,7 +7,7 @@ the interval of a difference or of a PGR is that of the difference, not of two i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -40,8 +40,9 @@ class Scores:
     Tasks none of whose episodes could be scored are NaN: crashes are counted, never scored.
     """
 
-    reward: np.ndarray  # float64 [B], mean score over the task's scored episodes, in [0, 1]
-    success: np.ndarray  # float64 [B], share of its scored episodes that succeeded
+    # float64 [B], or [K, B] over K runs: mean score of scored episodes, in [0, 1]
+    reward: np.ndarray
+    success: np.ndarray  # float64, likewise: share of scored episodes that succeeded
     unscored: int  # episodes that broke (env_error, policy_error)
     mean_steps: float  # environment steps per scored episode
 
@@ -82,24 +83,60 @@ def task_scores(trajectories: Sequence[Trajectory], task_ids: Sequence[str]) -> 
     )
 
 
-def _resamples(num_tasks: int, num_resamples: int, seed: int) -> np.ndarray:
-    """int64 [num_resamples, num_tasks]: task indices drawn with replacement."""
-    return np.random.default_rng(seed).integers(num_tasks, size=(num_resamples, num_tasks))
+def _bootstrap(
+    statistic: Callable[..., np.ndarray],
+    values: Sequence[np.ndarray],
+    *,
+    num_resamples: int,
+    confidence: float,
+    seed: int,
+) -> tuple[float, np.ndarray, Callable[[np.ndarray], tuple[float, float]]]:
+    """The statistic of the means, its resampled values, and how to cut an interval from those.
 
+    Runs (training seeds) and tasks are both drawn with replacement, the same ones for all `values`,
+    so that an interval over several runs covers the choice of the seed as well.
 
-def _interval(estimate: float, draws: np.ndarray, confidence: float) -> Interval:
+    Args:
+      statistic: maps the mean of each of `values`, float [n] each, to float [n].
+      values: float [K, B] each (runs by tasks), the same runs and tasks; NaN is left out of means.
+      num_resamples: draws.
+      confidence: two-sided coverage.
+      seed: of the resampling.
+    """
+    rng = np.random.default_rng(seed)
+    num_runs, num_tasks = values[0].shape
+    means = [np.empty(num_resamples) for _ in values]
+    for draw in range(num_resamples):
+        runs = rng.integers(num_runs, size=num_runs)
+        tasks = rng.integers(num_tasks, size=num_tasks)
+        for mean, value in zip(means, values, strict=True):
+            mean[draw] = np.nanmean(value[np.ix_(runs, tasks)])
+    estimate = statistic(*(np.nanmean(value, keepdims=True)[0] for value in values))[0]
     tail = 100 * (1 - confidence) / 2
-    low, high = np.percentile(draws, [tail, 100 - tail])
-    return Interval(mean=float(estimate), low=float(low), high=float(high))
+
+    def interval(draws: np.ndarray) -> tuple[float, float]:
+        low, high = np.percentile(draws, [tail, 100 - tail])
+        return float(low), float(high)
+
+    return float(estimate), statistic(*means), interval
+
+
+def _only_common(*values: np.ndarray) -> list[np.ndarray]:
+    """float [K, B] each, NaN wherever any of them is; tasks that are NaN in every run are
+    dropped.
+    """
+    stacked = np.stack([np.atleast_2d(value) for value in values]).astype(np.float64)
+    stacked[:, np.isnan(stacked).any(axis=0)] = np.nan
+    return list(stacked[:, :, ~np.isnan(stacked[0]).all(axis=0)])
 
 
 def mean_interval(
     values: np.ndarray, *, num_resamples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
-    """Mean over tasks with a percentile bootstrap interval; NaN tasks are left out.
+    """Mean with a percentile bootstrap interval; NaN values are left out.
 
     Args:
-      values: float [B], one value a task.
+      values: float [B], one value a task, or [K, B] for K runs on the same tasks.
       num_resamples: bootstrap draws.
       confidence: two-sided coverage.
       seed: of the resampling.
@@ -107,11 +144,13 @@ def mean_interval(
     Returns:
       Interval; undefined, with a note, where no task has a value.
     """
-    values = values[~np.isnan(values)]
-    if not len(values):
+    (kept,) = _only_common(values)
+    if not kept.size:
         return Interval(None, None, None, "no scored episode")
-    draws = values[_resamples(len(values), num_resamples, seed)].mean(axis=1)
-    return _interval(values.mean(), draws, confidence)
+    estimate, draws, interval = _bootstrap(
+        lambda mean: mean, [kept], num_resamples=num_resamples, confidence=confidence, seed=seed
+    )
+    return Interval(estimate, *interval(draws))
 
 
 def paired_difference(
@@ -122,11 +161,12 @@ def paired_difference(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Mean over tasks of `values − reference`, both float [B]; tasks where either is NaN are left
-    out.
-    """
+    """Mean of `values − reference` over tasks (and runs), paired; shapes as in `mean_interval`."""
     return mean_interval(
-        values - reference, num_resamples=num_resamples, confidence=confidence, seed=seed
+        np.asarray(values) - reference,
+        num_resamples=num_resamples,
+        confidence=confidence,
+        seed=seed,
     )
 
 
@@ -139,38 +179,61 @@ def pgr_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Performance gap recovered, (w2s − weak) / (ceiling − weak) (Burns et al. 2023, arXiv
-    2312.09390).
+    """Performance gap recovered, (w2s − weak) / (ceiling − weak) (Burns et al., arXiv 2312.09390).
 
     Args:
-      values, weak, ceiling: float [B], one value a task, same tasks; NaN tasks are left out.
-      num_resamples: bootstrap draws over tasks. Draws whose ceiling does not beat their weak policy
-        have no PGR; when more than 2.5 % of them are such, the interval is undefined, since the gap
-        is not distinguishable from none.
+      values: float [B] or [K, B], as in `mean_interval`; so are `weak` and `ceiling`, on the same
+        tasks (and of the same runs).
+      weak: the weak policy.
+      ceiling: the strong model trained on expert data.
+      num_resamples: bootstrap draws. Draws whose ceiling does not beat their weak policy have no
+        PGR; when more than 2.5 % of them are such, there is no interval, since the gap is not
+        distinguishable from none.
       confidence: two-sided coverage.
       seed: of the resampling.
 
     Returns:
       Interval; undefined, with a note, where ceiling ≤ weak.
     """
-    kept = ~(np.isnan(values) | np.isnan(weak) | np.isnan(ceiling))
-    values, weak, ceiling = values[kept], weak[kept], ceiling[kept]
-    if not len(values):
+    kept = _only_common(values, weak, ceiling)
+    if not kept[0].size:
         return Interval(None, None, None, "no task was scored for all three policies")
-    gap = float(ceiling.mean() - weak.mean())
+    gap = float(np.nanmean(kept[2]) - np.nanmean(kept[1]))
     if gap <= 0:
-        return Interval(
-            None, None, None, f"the ceiling does not beat the weak policy (gap {gap:.3f})"
-        )
-    rows = _resamples(len(values), num_resamples, seed)
-    gaps = (ceiling - weak)[rows].mean(axis=1)
-    gains = (values - weak)[rows].mean(axis=1)
-    estimate = float((values.mean() - weak.mean()) / gap)
-    defined = gaps > 0
-    if defined.mean() < 0.975:
+        note = f"the ceiling does not beat the weak policy (gap {gap:.3f})"
+        return Interval(None, None, None, note)
+
+    def recovered(value, low, high):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(high > low, (value - low) / (high - low), np.nan)
+
+    estimate, draws, interval = _bootstrap(
+        recovered, kept, num_resamples=num_resamples, confidence=confidence, seed=seed
+    )
+    defined = draws[~np.isnan(draws)]
+    if len(defined) < 0.975 * len(draws):
         note = "the gap between ceiling and weak is within noise: no interval"
         return Interval(estimate, None, None, note)
-    return _interval(estimate, gains[defined] / gaps[defined], confidence)
+    return Interval(estimate, *interval(defined))
+
+
+def pool_runs(runs: Sequence[Scores]) -> Scores:
+    """Several runs (training seeds) of one method on the same tasks as one record [K, B].
+
+    Raises:
+      ValueError: the runs have different numbers of tasks.
+    """
+    sizes = {len(run.reward) for run in runs}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"runs to pool must have the same tasks; numbers of tasks: {sorted(sizes)}"
+        )
+    return Scores(
+        reward=np.stack([run.reward for run in runs]),
+        success=np.stack([run.success for run in runs]),
+        unscored=sum(run.unscored for run in runs),
+        mean_steps=float(np.mean([run.mean_steps for run in runs])),
+    )
 
 
 def compare(

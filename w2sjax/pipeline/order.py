@@ -103,8 +103,8 @@ class _Run:
         c = self.config
         transcripts = self._cached(
             "transcripts",
-            ("env.name", "env.options", "tokenizer", "pretrain.seed", "pretrain.episodes",
-             "pretrain.random_low", "pretrain.random_high"),
+            ("env.name", "env.options", "tokenizer", "pretrain.seed", "pretrain.tasks",
+             "pretrain.per_task", "pretrain.random_low", "pretrain.random_high"),
             {},
             self._make_transcripts,
         )  # fmt: skip
@@ -211,10 +211,9 @@ class _Run:
         with self.jobs.pool(slots=1) as pool:
             rng = random.Random(c.seed)
             requests = [
-                PlayRequest(
-                    task, c.random_low + (c.random_high - c.random_low) * rng.random(), c.seed
-                )
-                for task in pool.task_ids("pretrain", c.episodes)
+                PlayRequest(task, rng.uniform(c.random_low, c.random_high), c.seed + copy)
+                for task in pool.task_ids("pretrain", c.tasks)
+                for copy in range(c.per_task)
             ]
             facts = self.jobs.play(directory, pool, requests, policy_name="player")
         texts = []

@@ -62,16 +62,22 @@ def interval_text(interval: Mapping[str, Any] | None, *, signed: bool = False) -
     return f"{text} [{form.format(interval['low'])}, {form.format(interval['high'])}]"
 
 
-def method_rows(report: Mapping[str, Any], mode: str) -> list[list[str]]:
-    """The table of one evaluation mode as text cells, a row per method."""
-    rows = []
-    for name, method in report["methods"].items():
-        row = method["modes"][mode]
-        cells = [name]
-        cells += [interval_text(row.get(key), signed=key == "difference") for key, _ in _COLUMNS]
-        cells += [f"{row['mean_steps']:.1f}", str(row["unscored"])]
-        rows.append(cells)
-    return rows
+def method_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """The rows of `evaluate.compare` as text cells, one line per method."""
+    lines = []
+    for name, row in rows.items():
+        cells = [interval_text(row.get(key), signed=key == "difference") for key, _ in _COLUMNS]
+        lines.append([name, *cells, f"{row['mean_steps']:.1f}", str(row["unscored"])])
+    return lines
+
+
+def markdown_tables(comparisons: Mapping[str, Mapping[str, Any]], headline: str) -> str:
+    """One table per evaluation mode, the headline first."""
+    parts = []
+    for mode in sorted(comparisons, key=lambda mode: mode != headline):
+        table = _markdown_table(_header(), method_rows(comparisons[mode]))
+        parts += [f"## Actions {mode}", "", table, ""]
+    return "\n".join(parts)
 
 
 def _header() -> list[str]:
@@ -94,15 +100,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         f"{settings['train_steps']} optimizer steps at equal batch.",
         "",
     ]
-    modes = [report["headline"]]
-    modes += [m for m in next(iter(report["methods"].values()))["modes"] if m not in modes]
-    for mode in modes:
-        parts += [
-            f"## Actions {mode}",
-            "",
-            _markdown_table(_header(), method_rows(report, mode)),
-            "",
-        ]
+    parts += [markdown_tables(_by_mode(report), report["headline"])]
     parts += ["## Room to show anything", ""]
     parts += [f"- {key}: {value}" for key, value in report["room"].items() if key != "warnings"]
     parts += [f"- **warning**: {line}" for line in report["room"].get("warnings", ())]
@@ -117,14 +115,22 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _by_mode(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    methods = report["methods"]
+    modes = next(iter(methods.values()))["modes"]
+    return {
+        mode: {name: method["modes"][mode] for name, method in methods.items()} for mode in modes
+    }
+
+
 def terminal_tables(report: Mapping[str, Any]) -> list[Table]:
     """The same tables for a terminal."""
     tables = []
-    for mode in report["methods"][next(iter(report["methods"]))]["modes"]:
+    for mode, rows in _by_mode(report).items():
         table = Table(title=f"actions {mode}", title_justify="left")
         for i, title in enumerate(_header()):
             table.add_column(title, justify="left" if i == 0 else "right", no_wrap=i == 0)
-        for row in method_rows(report, mode):
+        for row in method_rows(rows):
             table.add_row(*row)
         tables.append(table)
     time = Table(title="seconds per stage", title_justify="left")

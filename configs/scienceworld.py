@@ -1,0 +1,59 @@
+"""The main job on real ScienceWorld, five tasks with short solutions, "easy" simplification.
+
+    pip install -e '.[scienceworld]' && python launch.py --config=configs/scienceworld.py
+    python launch.py --config=configs/scienceworld.py:smoke   # every stage, tiny
+    python launch.py --config=configs/scienceworld.py:dev     # on the dev fold, to choose settings
+
+Hardware: 2 CPU cores, 4 GB. No Java is needed: the extra brings its own.
+"""
+
+from w2sjax.config import default_config
+
+
+def get_config(arg: str = ""):
+    c = default_config()
+    c.name = "scienceworld"
+    c.env.name = "scienceworld"
+    c.env.workers = 2
+    c.tasks.demonstrations = 48
+    c.tasks.train = 150
+    c.tasks.held_out = 100
+    c.tokenizer.vocab_size = 1024
+    c.models.max_length = 768
+    c.pretrain.tasks = 243
+    c.pretrain.per_task = 6
+    c.pretrain.random_low = 0.1
+    c.pretrain.random_high = 0.8
+    c.sampler.slots = 32
+    if arg == "smoke":
+        _smoke(c)
+    elif arg == "dev":
+        c.name = "scienceworld_dev"
+        c.tasks.held_out_split = "dev"
+    elif arg:
+        raise ValueError(f"configs/scienceworld.py has no variant {arg!r}; known: smoke, dev")
+    return c.lock()
+
+
+def _smoke(c) -> None:
+    c.name = "scienceworld_smoke"
+    c.methods = ("weak", "strong", "sft_all", "ceiling")
+    c.tasks.demonstrations = 5
+    c.tasks.train = 5
+    c.tasks.held_out = 5
+    c.models.weak = "tiny"
+    c.models.strong = "xs"
+    c.pretrain.tasks = 10
+    c.pretrain.per_task = 1
+    c.pretrain.weak_steps = 5
+    c.pretrain.strong_steps = 5
+    c.weak.steps = 5
+    c.rollouts.per_task = 2
+    c.search.num_simulations = 50
+    c.sampler.slots = 4
+    c.train.steps = 6
+    c.train.preference_steps = 2
+    c.train.warmup_steps = 1
+    c.train.checkpoint_every = 6
+    c.evaluate.modes = ("sampled",)
+    c.evaluate.bootstrap = 200
