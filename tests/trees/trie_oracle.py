@@ -1,4 +1,4 @@
-"""The slow, plain-Python meaning of trees, backups, search, paths and pairs. Tests compare with it."""
+"""The slow, plain-Python meaning of trees, backups, search and paths: what tests compare with."""
 
 from __future__ import annotations
 
@@ -133,9 +133,9 @@ class Trie:
         node, path = self.root, [0]
         while node.children:
             best = max(node.children.values(), key=lambda c: values[c.index])  # the first maximum
-            if allow_stop and node.ending:
-                if self.mean(node.ending) >= discount * values[best.index]:
-                    break
+            stop = self.mean(node.ending) if allow_stop and node.ending else -math.inf
+            if stop >= discount * values[best.index]:
+                break
             node = best
             path.append(node.index)
         return path

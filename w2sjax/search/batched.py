@@ -10,14 +10,15 @@ import jax.numpy as jnp
 
 
 def batched(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Makes a function of one item from one of a batch; `jax.vmap` of it calls that on the whole batch.
+    """Makes a function of one item from one of a batch; `jax.vmap` of it calls that on the whole
+    batch.
 
-    Plain `vmap` would turn the control flow of a single item into that of a batch: both sides of each
-    condition, loops as long as the longest. A function written for batches knows better.
+    Plain `vmap` would turn the control flow of a single item into that of a batch: both sides of
+    each condition, loops as long as the longest. A function written for batches knows better.
 
     Args:
-      function: a pytree with leading axis B → a pytree with leading axis B, row by row. No closure over
-        tracers of the caller's `vmap`.
+      function: a pytree with leading axis B → a pytree with leading axis B, row by row. No closure
+        over tracers of the caller's `vmap`.
 
     Returns:
       The function of one item; works under `jit` and any number of `vmap`s.

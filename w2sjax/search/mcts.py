@@ -66,8 +66,8 @@ def run_mcts(
       stop_as_child: False ignores ends at inner nodes, as the paper's reference code does.
       priors: float [N], prior of the step into each node (`step_priors`); turns on PUCT. The prior
         of stopping is what is left over, 1 − Σ priors of the children, not below 0.
-      form: "parallel", "sequential", or "auto", which is parallel unless the record of a single tree would
-        be too large. The forms differ in speed and memory, not in result.
+      form: "parallel", "sequential", or "auto", which is parallel unless the record of a single
+        tree would be too large. The forms differ in speed and memory, not in result.
 
     Returns:
       `SearchResult`; all zeros for a tree without trajectories.
@@ -99,7 +99,7 @@ def run_mcts(
 
 def _slot_visits(inputs, *, num_simulations, exploration_weight, discount, form):
     """Visits of every choice, int32 [B, S], by the form and the width that fit."""
-    table, priors = inputs
+    table, _ = inputs
     num_trees, num_branchings = table.node.shape
     itemsize = table.slot_value.dtype.itemsize
     options = dict(
@@ -107,9 +107,10 @@ def _slot_visits(inputs, *, num_simulations, exploration_weight, discount, form)
         exploration_weight=exploration_weight,
         discount=discount,
     )
-    widths = [2]
-    while widths[-1] < num_branchings + 1:  # no branching has more choices than trajectories
-        widths.append(min(2 * widths[-1], num_branchings + 1))
+    # Few choices are the rule, R the limit: the program holds a version for each of 8, 64, … R.
+    widths = [min(8, num_branchings + 1)]
+    while widths[-1] < num_branchings + 1:
+        widths.append(min(8 * widths[-1], num_branchings + 1))
 
     def run(width, inputs):
         size = parallel.bytes_per_tree(table, num_simulations, width, itemsize)
@@ -165,9 +166,7 @@ def _expand(tree, table, counts, num_simulations, discount):
     present = tree.data_count[0] > 0
     top = table.chain_end[0]
     all_visits = jnp.where(present, num_simulations, 0)
-    top_sum = jnp.where(
-        table.num_branchings > 0, sums[0], all_visits.astype(dtype) * values[top]
-    )
+    top_sum = jnp.where(table.num_branchings > 0, sums[0], all_visits.astype(dtype) * values[top])
     at = jnp.where(table.slot_mask & ~table.slot_stop, table.slot_end, num_nodes)
     end_visits = jnp.zeros((num_nodes,), jnp.int32).at[at].set(counts, mode="drop")
     end_sums = jnp.zeros((num_nodes,), dtype).at[at].set(slot_sums, mode="drop")

@@ -1,10 +1,11 @@
 """UCT with all nodes advancing together: k + height sequential steps instead of k × depth.
 
-What a node returns on its m-th visit depends on its own subtree alone, not on when the visit comes: every
-branching is a bandit of its own. So all branchings of all trees play at once. One of height h plays its visit
-m at step m + h, when the return that it reads, at most the m-th of a child of less height, is there. In the
-end the root was visited k times; its counts say how often its children were really visited; their counts
-after that many visits, looked up in the record, say it of theirs; and so on down.
+What a node returns on its m-th visit depends on its own subtree alone, not on when the visit comes:
+every branching is a bandit of its own. So all branchings of all trees play at once. One of height h
+plays its visit m at step m + h, when the return that it reads, at most the m-th of a child of less
+height, is there. In the end the root was visited k times; its counts say how often its children
+were really visited; their counts after that many visits, looked up in the record, say it of theirs;
+and so on down.
 
 Every branching plays k visits, also those that search would hardly have come to: more work than one
 simulation at a time, in far fewer steps, and each step is a few long vector operations.
@@ -74,7 +75,8 @@ def slot_visits(
     height = _heights(child)
     last_step = num_simulations + jnp.max(height)
 
-    # The record of returns, row by row, and behind it the values of ends, so that both are read alike:
+    # The record of returns, row by row, and behind it the values of ends, so that both are read
+    # alike:
     # at `base` + (visits so far)·columns, or at −1 − `base`.
     flat_height = height.reshape(-1)
     end_at = rows * columns + jnp.arange(width * columns, dtype=jnp.int32).reshape(child.shape)
@@ -91,43 +93,51 @@ def slot_visits(
         prior = padded(priors.astype(dtype)).reshape(width, columns)
     valid = valid.reshape(width, columns)
 
-    def play(state):
-        step, count, counts, returns, sums, carries = state
-        visit = step - flat_height
+    def pick_best(step, count, sums):
         n = count.astype(dtype)
-        total = jnp.maximum(visit, 0).astype(dtype)
+        total = jnp.maximum(step - flat_height, 0).astype(dtype)
         if priors is None:
             score = uct(sums, n, total, exploration_weight)
         else:
             score = puct(sums, n, total, exploration_weight, prior)
         score = jnp.where(valid, score, -jnp.inf)
         best, pick = score[0], jnp.zeros((columns,), jnp.int32)
-        at, visits = base[0], count[0].astype(jnp.int32)
         for j in range(1, width):
             better = score[j] > best
             best = jnp.where(better, score[j], best)
             pick = jnp.where(better, j, pick)
-            at = jnp.where(better, base[j], at)
-            visits = jnp.where(better, count[j].astype(jnp.int32), visits)
+        return pick
+
+    def of_pick(pick, table):
+        found = table[0]
+        for j in range(1, width):
+            found = jnp.where(pick == j, table[j], found)
+        return found
+
+    # The choice is carried from step to step: fused with what uses it, it would be made many times.
+    def play(state):
+        step, pick, count, counts, returns, sums, carries = state
+        at = of_pick(pick, base)
+        visits = of_pick(pick, count).astype(jnp.int32)
         value = returns[jnp.where(at < 0, -1 - at, at + visits * columns)]
-        chosen = (jnp.arange(width)[:, None] == pick) & (visit >= 0)
+        chosen = (jnp.arange(width)[:, None] == pick) & (step >= flat_height)
         if discounted:
-            value = value * jnp.sum(jnp.where(chosen, factor, 0), axis=0)
-        # The barrier keeps the read of the record out of the write to it, which then needs no copy.
-        value = jax.lax.optimization_barrier(value)
+            value = value * of_pick(pick, factor)
         returns = jax.lax.dynamic_update_slice(returns, value, (step * columns,))
-        count = jax.lax.optimization_barrier(count + chosen.astype(count_dtype))
+        count = count + chosen.astype(count_dtype)
         counts = jax.lax.dynamic_update_index_in_dim(counts, count, step + 1, axis=0)
         new_sums, new_carries = add_compensated(sums, carries, value)
         sums = jnp.where(chosen, new_sums, sums)
         carries = jnp.where(chosen, new_carries, carries)
-        return step + 1, count, counts, returns, sums, carries
+        pick = pick_best(step + 1, count, sums)
+        return step + 1, pick, count, counts, returns, sums, carries
 
     zeros = jnp.zeros((width, columns), dtype)
     counts = jnp.zeros((rows, width, columns), count_dtype)
-    start = (jnp.int32(0), counts[0], counts, returns, zeros, zeros)
+    pick = jnp.zeros((columns,), jnp.int32)
+    start = (jnp.int32(0), pick, counts[0], counts, returns, zeros, zeros)
     state = jax.lax.while_loop(lambda state: state[0] < last_step, play, start)
-    counts = state[2]
+    counts = state[3]
 
     # Down from the root: how often was each branching really visited?
     visits = jnp.zeros((num_branchings, num_trees), jnp.int32)

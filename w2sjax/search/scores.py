@@ -6,9 +6,7 @@ import chex
 import jax.numpy as jnp
 
 
-def uct(
-    value_sum: chex.Array, visits: chex.Array, total: chex.Array, weight: float
-) -> chex.Array:
+def uct(value_sum: chex.Array, visits: chex.Array, total: chex.Array, weight: float) -> chex.Array:
     """Q + w·sqrt(ln Σ / N); +∞ for what was never visited (Kocsis & Szepesvári 2006).
 
     Args:

@@ -19,7 +19,9 @@ def slot_visits(
     discount: chex.Numeric,
     width: int,
 ) -> chex.Array:
-    """Visits of every choice after k simulations; arguments and result as in `parallel.slot_visits`."""
+    """Visits of every choice after k simulations; arguments and result as in
+    `parallel.slot_visits`.
+    """
     num_trees, num_branchings = table.node.shape
     num_slots = table.slot_child.shape[1]
     tree = jnp.arange(num_trees, dtype=jnp.int32)

@@ -60,7 +60,7 @@ def branch_pairs(
       node_values: float [N].
       max_pairs: P. Where there are more, those of the largest gap stay.
       min_value_gap: smallest gap that makes a pair; gaps of 0 never do.
-      pairing: "best_vs_each" (the best child against every other one), "best_vs_worst", or "adjacent"
+      pairing: "best_vs_each" (the best child against every other), "best_vs_worst", or "adjacent"
         (each child against the next better one).
       max_pairs_per_node: those of the largest gap at a node stay; no limit where None.
       horizon: steps of a continuation, 1 for the parting step alone; to the end where None.

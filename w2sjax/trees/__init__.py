@@ -5,6 +5,7 @@
 """
 
 from w2sjax.trees.build import build_tree, end_values, path_lengths
+from w2sjax.trees.compress import BranchTable, compress_chains
 from w2sjax.trees.draw import draw_tree
 from w2sjax.trees.invariants import check_invariants
 from w2sjax.trees.keys import MERGE_ON, StepInterner, StepKeys, intern_steps
@@ -12,11 +13,13 @@ from w2sjax.types import TrajectoryTree
 
 __all__ = [
     "MERGE_ON",
+    "BranchTable",
     "StepInterner",
     "StepKeys",
     "TrajectoryTree",
     "build_tree",
     "check_invariants",
+    "compress_chains",
     "draw_tree",
     "end_values",
     "intern_steps",

@@ -11,12 +11,14 @@ from w2sjax.types import TrajectoryTree
 
 @chex.dataclass(frozen=True)
 class BranchTable:
-    """The branchings of one tree, and their choices. Letters: P branchings, S choices (slots), N nodes.
+    """The branchings of one tree, and their choices. Letters: P branchings, S choices (slots), N
+    nodes.
 
-    A branching is a node with two choices or more; a choice is a child, followed down its chain to the
-    next branching or leaf, or stopping. R trajectories make at most R − 1 branchings and 2R − 2 choices.
-    Branchings are in breadth-first order, so a choice leads to a later branching than its own; the choices
-    of a branching are contiguous: stopping, where it is one, then the children in order.
+    A branching is a node with two choices or more; a choice is a child, followed down its chain to
+    the next branching or leaf, or stopping. R trajectories make at most R − 1 branchings and 2R − 2
+    choices. Branchings are in breadth-first order, so a choice leads to a later branching than its
+    own; the choices of a branching are contiguous: stopping, where it is one, then the children in
+    order.
     """
 
     node: chex.Array  # int32 [P], the tree's node; 0 on padding
@@ -26,23 +28,29 @@ class BranchTable:
     slot_child: chex.Array  # int32 [S], branching that it leads to; −1 where it ends the path
     slot_value: chex.Array  # float [S], what the end returns; 0 where `slot_child` ≥ 0
     slot_steps: chex.Array  # int32 [S], steps to the end of the chain; 0 for stopping
-    slot_entry: chex.Array  # int32 [S], first node of the chain; the branching's own node for stopping
+    slot_entry: (
+        chex.Array
+    )  # int32 [S], first node of the chain; the branching's own node for stopping
     slot_end: chex.Array  # int32 [S], last node of the chain
     slot_stop: chex.Array  # bool [S]
     slot_mask: chex.Array  # bool [S]
-    chain_end: chex.Array  # int32 [N], last node of the chain that each node lies in (itself at its end)
+    chain_end: (
+        chex.Array
+    )  # int32 [N], last node of the chain that each node lies in (itself at its end)
     num_branchings: chex.Array  # int32 []
 
 
 def compress_chains(tree: TrajectoryTree, *, stop_as_child: bool = True) -> BranchTable:
-    """Removes the nodes where there is nothing to choose. Exact for every search that walks from the root.
+    """Removes the nodes where there is nothing to choose. Exact for every search that walks from
+    the root.
 
     Args:
       tree: one tree of capacity N over R trajectories; `jax.vmap` for many.
       stop_as_child: whether stopping is a choice where trajectories end at an inner node.
 
     Returns:
-      `BranchTable`. `chain_end` leads back: what search says of a chain's end holds for all its nodes.
+      `BranchTable`. `chain_end` leads back: what search says of a chain's end holds for all its
+      nodes.
     """
     chex.assert_rank([tree.parent, tree.trajectory_node], [1, 2])
     num_nodes = tree.parent.shape[0]
