@@ -7,9 +7,7 @@ from typing import NamedTuple
 THOUGHT_MARK = "Thought:"
 ACTION_MARK = "Action:"
 
-MALFORMED_OBSERVATION = (
-    'No action was read. Answer with a line "Action: ..." that names one action.'
-)
+MALFORMED_OBSERVATION = 'No action was read. Answer "Action: ...".'
 
 
 class Answer(NamedTuple):
