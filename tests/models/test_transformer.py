@@ -1,6 +1,7 @@
 """Laws of the built-in transformer: masks, the cached pass, initial values, configs."""
 
 import dataclasses
+import doctest
 
 import chex
 import jax
@@ -17,6 +18,7 @@ from w2sjax.models import (
     make_apply_fn,
     make_policy,
     preset,
+    presets,
 )
 
 CONFIG = ModelConfig(
@@ -275,6 +277,11 @@ def test_presets_have_the_parameters_they_claim(name):
 def test_impossible_configs_name_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_examples_in_docstrings_hold():
+    result = doctest.testmod(presets)
+    assert result.attempted and not result.failed
 
 
 def test_unknown_preset_lists_the_known_ones():

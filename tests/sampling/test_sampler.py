@@ -252,10 +252,11 @@ def test_draws_follow_temperature_and_top_p():
     logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -30.0])
     keys = _keys(*range(20_000))
     rows = np.broadcast_to(np.float32(logits), (20_000, 6))
-    draw = jax.jit(sampler_lib._draw, static_argnums=3)
+    draw = jax.jit(sampler_lib._draw, static_argnums=2)
+    uniform = sampler_lib._uniforms(keys, count=2)[:, 1]
     for temperature, top_p, kept in ((0.5, 1.0, 6), (1.0, 0.8, 3), (2.0, 0.1, 1)):
         settings = _settings(temperature=temperature, top_p=top_p)
-        tokens, logp = draw(rows, keys, np.int32(0), settings)
+        tokens, logp = draw(rows, uniform, settings)
         probs = np.exp(logits / temperature)
         probs[kept:] = 0.0
         probs /= probs.sum()
@@ -263,6 +264,29 @@ def test_draws_follow_temperature_and_top_p():
         np.testing.assert_allclose(frequency, probs, atol=0.012)
         assert (frequency[kept:] == 0).all()
         np.testing.assert_allclose(logp, _log_softmax(logits)[np.asarray(tokens)], atol=1e-5)
+
+
+def test_the_token_at_step_j_is_drawn_from_the_key_folded_with_j():
+    uniforms = sampler_lib._uniforms(_keys(4, 5), count=3)
+    for slot, step in np.ndindex(2, 3):
+        expected = jax.random.uniform(jax.random.fold_in(_keys(4, 5)[slot], step))
+        assert uniforms[slot, step] == expected
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 4, 37])
+def test_inversion_is_the_cumulative_distribution(vocab):
+    rng = np.random.default_rng(vocab)
+    probs = rng.dirichlet(np.full(vocab, 0.3), 64).astype(np.float32)
+    probs[:, rng.integers(vocab)] *= vocab == 1
+    uniform = rng.random(64, np.float32)
+    uniform[:2] = 0.0, np.nextafter(np.float32(1), np.float32(0))
+    drawn = np.asarray(jax.jit(sampler_lib._invert)(probs, uniform))
+    sums = np.cumsum(probs, axis=1, dtype=np.float64)
+    target = uniform * sums[:, -1]
+    for row, token in enumerate(drawn):
+        assert probs[row, token] > 0
+        assert sums[row, token] >= target[row] - 1e-6
+        assert sums[row, token] - probs[row, token] <= target[row] + 1e-6
 
 
 def test_nucleus_is_the_smallest_sufficient_set():

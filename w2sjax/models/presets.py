@@ -63,7 +63,7 @@ def preset(name: str, *, vocab_size: int, **changes: Any) -> ModelConfig:
 
     Example:
       >>> preset("s", vocab_size=400, max_length=256).num_params
-      444672
+      445056
     """
     if name not in PRESETS:
         raise ValueError(f"unknown model preset {name!r}; known: {', '.join(PRESETS)}")

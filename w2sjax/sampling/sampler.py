@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -127,13 +128,66 @@ def _nucleus(probs: chex.Array, top_p: float) -> chex.Array:
     return jnp.where(bits >= threshold[:, None], probs, 0.0)
 
 
+def _first_hit(weights: chex.Array, target: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """Where the running sum of the weights first exceeds the target.
+
+    Args:
+      weights: float32 [S, n], not negative.
+      target: float32 [S].
+
+    Returns:
+      index int32 [S], always of a positive weight if there is one; the sum before it, float32 [S].
+    """
+    index = jnp.arange(weights.shape[1])
+    earlier = index[None, :] < index[:, None]
+    before = jnp.where(earlier, weights[:, None, :], 0.0).sum(axis=-1)  # [S, n]
+    hit = (before + weights > target[:, None]) & (weights > 0.0)
+    # Rounding may put the target an ulp past the last sum: then the largest weight stands in.
+    first = jnp.where(hit.any(axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(weights, axis=-1))
+    return first, jnp.take_along_axis(before, first[:, None], axis=1)[:, 0]
+
+
+def _invert(probs: chex.Array, uniform: chex.Array) -> chex.Array:
+    """Draws by inversion: the token at which the cumulative distribution passes `uniform`.
+
+    The vocabulary is cut into about sqrt(V) blocks: first the block is found, then the token in it.
+
+    Args:
+      probs: float32 [S, V], not negative; need not be normalised.
+      uniform: float32 [S], in [0, 1).
+
+    Returns:
+      int32 [S].
+    """
+    slots, vocab = probs.shape
+    size = math.isqrt(vocab - 1) + 1
+    blocks = jnp.pad(probs, ((0, 0), (0, -vocab % size))).reshape(slots, -1, size)
+    sums = blocks.sum(axis=-1)
+    target = uniform * sums.sum(axis=-1)
+    block, before = _first_hit(sums, target)
+    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    offset, _ = _first_hit(chosen, target - before)
+    return block * size + offset
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _uniforms(keys: chex.PRNGKey, *, count: int) -> chex.Array:
+    """The random numbers of a turn: float32 [S, count], number j from `fold_in(key, j)`.
+
+    On their own, so that they are compiled once for all policies and cache lengths.
+    """
+    step_keys = jax.vmap(
+        lambda key: jax.vmap(lambda step: jax.random.fold_in(key, step))(jnp.arange(count))
+    )(keys)
+    return jax.vmap(jax.vmap(jax.random.uniform))(step_keys)
+
+
 def _draw(
-    logits: chex.Array, keys: chex.PRNGKey, step: chex.Array, settings: SamplerSettings
+    logits: chex.Array, uniform: chex.Array, settings: SamplerSettings
 ) -> tuple[chex.Array, chex.Array]:
     """Draws one token per slot: (tokens int32 [S], untempered log-probabilities float32 [S]).
 
-    By inversion: one uniform number per slot, looked up in the cumulative distribution. That needs
-    one random number where the Gumbel trick needs V.
+    One random number per slot, `uniform` float32 [S], decides (the Gumbel trick would need V).
     """
     if settings.temperature == 0.0:
         tokens = jnp.argmax(logits, axis=-1)
@@ -141,12 +195,7 @@ def _draw(
         probs = jax.nn.softmax(logits / settings.temperature, axis=-1)
         if settings.top_p < 1.0:
             probs = _nucleus(probs, settings.top_p)
-        cumulative = jnp.cumsum(probs, axis=-1)
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-        uniform = jax.vmap(jax.random.uniform)(step_keys)[:, None]
-        # Rounding may leave the sums uneven by an ulp: never take a token without probability.
-        hit = (cumulative > uniform * cumulative[:, -1:]) & (probs > 0.0)
-        tokens = jnp.where(hit.any(axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(probs, axis=-1))
+        tokens = _invert(probs, uniform)
     tokens = tokens.astype(jnp.int32)
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=1)
     return tokens, logp[:, 0]
@@ -164,11 +213,11 @@ class _Progress:
 
 
 def _advance(
-    progress: _Progress, logits: chex.Array, keys: chex.PRNGKey, settings: SamplerSettings
+    progress: _Progress, logits: chex.Array, uniforms: chex.Array, settings: SamplerSettings
 ) -> _Progress:
     """Draws the next token of every slot that is still going."""
     going, before = progress.going, progress.result
-    drawn, logp = _draw(logits, keys, progress.step, settings)
+    drawn, logp = _draw(logits, uniforms[:, progress.step], settings)
     context = progress.context + going
     stopped = going & (drawn[:, None] == np.asarray(settings.stop_ids, np.int32)).any(axis=-1)
     full = going & ~stopped & (context >= settings.max_length)
@@ -223,7 +272,7 @@ def _answer(
     pending,
     played,
     refused,
-    keys,
+    uniforms,
     *,
     policy: Policy,
     settings: SamplerSettings,
@@ -241,17 +290,22 @@ def _answer(
         step=jnp.int32(0), going=played, last=pending, context=length, result=empty
     )
 
-    def feed(carry):
-        progress, cache = carry
-        last = jnp.where(progress.going, 0, -1)
-        tokens = jnp.maximum(progress.last, 0)[:, None]
-        logits, cache = policy.decode_fn(params, cache, tokens, progress.context - 1, last)
-        return _advance(progress, logits, keys, settings), cache
+    def draw_and_feed(carry):
+        progress, logits, cache = carry
+        progress = _advance(progress, logits, uniforms, settings)
 
-    progress, cache = jax.lax.while_loop(
-        lambda carry: carry[0].going.any(),
-        feed,
-        (_advance(progress, logits, keys, settings), cache),
+        def feed(cache):
+            last = jnp.where(progress.going, 0, -1)
+            tokens = jnp.maximum(progress.last, 0)[:, None]
+            return policy.decode_fn(params, cache, tokens, progress.context - 1, last)
+
+        logits, cache = jax.lax.cond(
+            progress.going.any(), feed, lambda cache: (logits, cache), cache
+        )
+        return progress, logits, cache
+
+    progress, _, cache = jax.lax.while_loop(
+        lambda carry: carry[0].going.any(), draw_and_feed, (progress, logits, cache)
     )
     return cache, progress.context, progress.last, progress.result
 
@@ -341,7 +395,7 @@ def make_sampler(policy: Policy, settings: SamplerSettings, *, num_slots: int) -
             pending,
             played,
             refused,
-            keys,
+            _uniforms(keys, count=settings.max_new_tokens),
             policy=policy,
             settings=settings,
         )
