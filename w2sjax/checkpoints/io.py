@@ -31,7 +31,7 @@ def save_params(
       directory: where to; its parents are made.
       params: pytree of arrays, sharded or not.
       metadata: JSON values to keep beside them, such as the model's configuration.
-      overwrite: replace what is there.
+      overwrite: remove what is there first.
 
     Raises:
       FileExistsError: if the directory exists and is not to be overwritten.
