@@ -42,7 +42,12 @@ def decode_fn():
 
 
 def _tokens(shape, seed=1):
-    return jax.random.randint(jax.random.key(seed), shape, 0, CONFIG.vocab_size)
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, shape, np.int32)
+
+
+def _random_like(tree):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), tree)
 
 
 def _plain(length, row_length):
@@ -63,7 +68,7 @@ def test_defaults_are_one_causal_sequence_per_row(params, apply_fn):
 
 
 def test_logits_do_not_depend_on_later_tokens(params, apply_fn):
-    tokens = np.array(_tokens((1, 16)))
+    tokens = _tokens((1, 16))
     changed = tokens.copy()
     changed[0, 9] = (changed[0, 9] + 1) % CONFIG.vocab_size
     before, after = apply_fn(params, tokens), apply_fn(params, changed)
@@ -72,7 +77,7 @@ def test_logits_do_not_depend_on_later_tokens(params, apply_fn):
 
 
 def test_packed_row_equals_separate_rows_and_padding_is_inert(params, apply_fn):
-    tokens = np.array(_tokens((1, 16)))
+    tokens = _tokens((1, 16))
     positions = np.array([[*range(6), *range(7), 0, 0, 0]])
     subtree_end = np.array([[6] * 6 + [13] * 7 + [0] * 3])
     packed = apply_fn(params, tokens, positions=positions, subtree_end=subtree_end)
@@ -91,7 +96,7 @@ def test_packed_row_equals_separate_rows_and_padding_is_inert(params, apply_fn):
 
 def test_tree_row_equals_its_paths(params, apply_fn):
     # trunk 0–3, branch 4–6 with a twig 7–8 below it, branch 9–11; 12–15 padding
-    tokens = np.array(_tokens((1, 16)))
+    tokens = _tokens((1, 16))
     subtree_end = np.array([[12] * 4 + [9] * 3 + [9] * 2 + [12] * 3 + [0] * 4])
     positions = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8, 4, 5, 6, 0, 0, 0, 0]])
     tree = apply_fn(params, tokens, positions=positions, subtree_end=subtree_end)
@@ -112,7 +117,7 @@ def test_gradients_are_finite_and_blind_to_padding(params):
         return (jax.nn.log_softmax(logits)[0, :5] ** 2).sum()
 
     grad = jax.jit(jax.grad(loss))
-    tokens = np.array(_tokens((1, 16)))
+    tokens = _tokens((1, 16))
     gradients = grad(params, tokens)
     chex.assert_tree_all_finite(gradients)
     tokens[0, 5:] = 3
@@ -200,9 +205,7 @@ def test_chunks_of_any_size_equal_the_full_pass(params, apply_fn, decode_fn):
 
 def test_writes_past_the_end_are_dropped_not_clamped(params, decode_fn):
     policy = make_policy(CONFIG)
-    cache = jax.tree.map(
-        lambda x: jax.random.normal(jax.random.key(3), x.shape), policy.init_cache(3, 16)
-    )
+    cache = _random_like(policy.init_cache(3, 16))
     start, last = np.array([14, 16, 0]), np.array([3, 3, 3])
     _, after = decode_fn(params, cache, _tokens((3, 4)), start, last)
     for (keys, values), (new_keys, new_values) in zip(cache, after, strict=True):
@@ -225,9 +228,7 @@ def test_tokens_after_last_are_not_written(params, decode_fn):
 
 def test_resize_keeps_positions():
     policy = make_policy(CONFIG)
-    cache = jax.tree.map(
-        lambda x: jax.random.normal(jax.random.key(0), x.shape), policy.init_cache(2, 8)
-    )
+    cache = _random_like(policy.init_cache(2, 8))
     longer = policy.resize_cache(cache, 12)
     chex.assert_trees_all_equal_shapes(longer, policy.init_cache(2, 12))
     chex.assert_trees_all_equal(policy.resize_cache(longer, 8), cache)
@@ -238,9 +239,13 @@ def test_resize_keeps_positions():
 
 def test_init_has_the_modules_own_shapes_and_deviations():
     config = dataclasses.replace(CONFIG, width=64, num_layers=1, tie_embeddings=False)
-    params = init_params(config, jax.random.key(0))
     rows = jnp.ones((1, 1), jnp.int32)
-    own = Transformer(config).init(jax.random.key(1), rows, rows, rows)["params"]
+    params, own = jax.jit(
+        lambda key: (
+            init_params(config, key),
+            Transformer(config).init(key, rows, rows, rows)["params"],
+        )
+    )(jax.random.key(0))
     chex.assert_trees_all_equal_shapes_and_dtypes(params, own)
     for (path, mine), theirs in zip(
         jax.tree.leaves_with_path(params), jax.tree.leaves(own), strict=True
