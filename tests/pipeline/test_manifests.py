@@ -1,6 +1,8 @@
 """A stage appears whole or not at all, is skipped when it matches, and never silently replaced."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -95,3 +97,23 @@ def test_a_broken_manifest_names_file_and_line(tmp_path):
     manifest.write_text(json.dumps({"key": 1})[:-3])
     with pytest.raises(ValueError, match=r"manifest\.json, line 1"):
         run_stage("s", tmp_path / "s", {}, {}, lambda d: None)
+
+
+def test_two_runs_make_a_shared_stage_once(tmp_path):
+    code = (
+        "import sys, time, pathlib; from w2sjax.pipeline.manifests import run_stage\n"
+        "log = pathlib.Path(sys.argv[1]) / 'log'\n"
+        "def make(directory):\n"
+        "    with log.open('a') as out: out.write('made\\n')\n"
+        "    time.sleep(1)\n"
+        "stage = run_stage('s', pathlib.Path(sys.argv[1]) / 's', {}, {}, make)\n"
+        "print(stage.key)\n"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    keys = {run.communicate(timeout=120)[0] for run in runs}
+    assert [run.returncode for run in runs] == [0, 0] and len(keys) == 1
+    assert (tmp_path / "log").read_text() == "made\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "s"]

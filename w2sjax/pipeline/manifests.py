@@ -7,7 +7,9 @@ was cut off goes on there; when it is done, its manifest is written and the dire
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -15,7 +17,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,16 @@ def run_stage(
       ValueError: the directory holds another stage's results.
     """
     key = stage_key(name, settings, inputs)
+    if (done := _finished(name, directory, key)) is not None:
+        return done
+    partial = directory.with_name(directory.name + ".partial")
+    with _locked(partial):
+        if (done := _finished(name, directory, key)) is not None:  # by the run that was waited for
+            return done
+        return _make_stage(name, directory, partial, key, settings, inputs, make)
+
+
+def _finished(name: str, directory: Path, key: str) -> Stage | None:
     manifest = directory / _MANIFEST
     if manifest.exists():
         found = read_json(manifest)
@@ -99,13 +111,32 @@ def run_stage(
         )
     if directory.exists():
         raise ValueError(f"{directory} has no {_MANIFEST}, so it is no stage's result; remove it")
-    partial = directory.with_name(directory.name + ".partial")
-    if partial.exists():
-        marker = partial / _KEY
-        if not marker.exists() or read_json(marker)["key"] != key:
-            shutil.rmtree(partial)
+    return None
+
+
+@contextlib.contextmanager
+def _locked(partial: Path) -> Iterator[None]:
+    """Keeps other runs out of a directory, which is created; waits while one works in it.
+
+    The lock is on the open directory, so that it ends with its process and leaves no file behind.
+    """
     partial.mkdir(parents=True, exist_ok=True)
-    write_json(partial / _KEY, {"key": key})
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # not there any more, or it holds half a stage
+            partial.rmdir()
+
+
+def _make_stage(name, directory, partial, key, settings, inputs, make) -> Stage:
+    marker = partial / _KEY
+    if not marker.exists() or read_json(marker)["key"] != key:
+        for path in partial.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(marker, {"key": key})
     start = time.monotonic()
     facts = make(partial)
     seconds = round(time.monotonic() - start, 3)
