@@ -93,6 +93,21 @@ def test_a_second_run_skips_everything_and_reports_the_same(finished, environmen
     assert "training," not in result.stdout
 
 
+def test_the_table_command_prints_the_same_numbers(finished, environment):
+    workdir, _ = finished
+    result = subprocess.run(
+        [sys.executable, "-m", "w2sjax.report", str(workdir)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for row in methods(workdir).values():
+        assert f"{row['success']['mean']:.3f} [" in result.stdout
+        assert f"{row['modes']['greedy']['reward']['mean']:.3f} [" in result.stdout
+
+
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_numbers(
     finished, environment, tmp_path
 ):

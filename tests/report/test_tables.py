@@ -1,0 +1,69 @@
+"""The table says what the numbers say, and untrusted text stays text."""
+
+from w2sjax.evaluate import compare, task_scores
+from w2sjax.report import build_report, interval_text, render_markdown, terminal_tables
+from w2sjax.types import Status, Trajectory
+
+
+def scores(rate):
+    tasks = [f"t{i}" for i in range(40)]
+    episodes = [
+        Trajectory(
+            t, 0, "e", "p", 0, "", "", (), Status.SUCCESS if ok else Status.FAILED, float(ok)
+        )
+        for t, ok in zip(tasks, (i < 40 * rate for i in range(40)), strict=True)
+    ]
+    return task_scores(episodes, tasks)
+
+
+def report(**changes):
+    by_method = {"weak": scores(0.2), "sft_success": scores(0.5), "ceiling": scores(0.8)}
+    settings = {"name": "n", "seed": 3, "held_out": 40, "split": "test", "train_steps": 7}
+    return build_report(
+        {"greedy": compare(by_method), "sampled": compare(by_method)},
+        headline="sampled",
+        stages=[],
+        room={"sampled_success": 0.2, "warnings": ["too little"]},
+        settings=settings | {"left_out": {"weak: unscored": 2}} | changes,
+    )
+
+
+def test_an_undefined_value_is_a_dash_and_never_a_number():
+    assert interval_text({"mean": None, "low": None, "high": None}) == "–"
+    assert interval_text(None) == "–"
+    assert interval_text({"mean": 0.5, "low": None, "high": None}) == "0.500"
+    assert interval_text({"mean": 0.5, "low": 0.25, "high": 0.75}) == "0.500 [0.250, 0.750]"
+    assert interval_text({"mean": 0.5, "low": -0.25, "high": 0.75}, signed=True).startswith("+0.5")
+
+
+def test_markdown_has_every_method_in_every_mode_and_all_that_was_left_out():
+    text = render_markdown(report())
+    for needed in ("## Actions sampled", "## Actions greedy", "too little", "weak: unscored: 2"):
+        assert needed in text
+    assert text.index("Actions sampled") < text.index("Actions greedy")  # the headline first
+    assert text.count("| ceiling |") == 2
+    assert "0.500" in text and "seed 3" in text
+
+
+def test_terminal_tables_have_one_row_per_method():
+    tables = terminal_tables(report())
+    assert [table.row_count for table in tables] == [3, 3, 0]
+
+
+def test_text_in_cells_is_escaped():
+    by_method = {"<script>|x": scores(0.2)}
+    made = build_report(
+        {"greedy": compare(by_method)},
+        headline="greedy",
+        stages=[],
+        room={},
+        settings={
+            "name": "n",
+            "seed": 0,
+            "held_out": 40,
+            "split": "test",
+            "train_steps": 7,
+            "left_out": {},
+        },
+    )
+    assert "<script>" not in render_markdown(made)
