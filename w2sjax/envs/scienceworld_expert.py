@@ -1,9 +1,9 @@
-"""The expert of ScienceWorld: short plans, each verified by playing it, and a player that keeps to them.
+"""The expert of ScienceWorld: short plans, each verified by playing it, and one who keeps to them.
 
-A plan comes from the package's gold player, with its walking collapsed into `teleport to` where that
-action exists, and objects named as the observations name them. The gold player of the find-* tasks picks a
-thing by chance (differently in each process), so those plans are searched for here, in a fixed order.
-A plan that does not win when played is dropped for the next candidate; the last one is the gold path.
+A plan comes from the package's gold player, with its walking collapsed into `teleport to` where
+that action exists, and objects named as the observations name them. For the find-* tasks, where the
+gold player carries any thing at all, one that is easy to carry is chosen here, in a fixed order. A
+plan that does not win when played is dropped for the next candidate; the last is the gold path.
 """
 
 from __future__ import annotations
@@ -28,12 +28,17 @@ DOORS = {
     "workshop": ("hallway",),
 }
 _LOOK = "look around"
+_FOCUS = "focus on "
 _TELEPORT = "teleport to "
 # What lies about and is no thing to be found: fixed, or no single object.
-_NOT_A_FIND = {
-  "agent", "air", "ground", "wood", "water", "axe", "fire pit", "fountain", "sink", "oven", "fridge",
-  "freezer", "stove", "bathtub", "toilet", "blast furnace", "drain", "soap", "substance",
-}  # fmt: skip
+_NOT_A_FIND = re.compile(
+    r"agent|air|ground|wood|water|axe|fire pit|fountain|sink|oven|fridge|freezer|stove|bathtub"
+    r"|toilet|drain|blast furnace|.+ box"
+)
+# Can be moved in the simulator, but only where there is nothing handier.
+_FURNITURE = re.compile(
+    r"bed|chair|closet|couch|counter|cupboard|desk|.*table|book shelf|cloth sittable|bee hive"
+)
 _FIND_TASK = re.compile(r"find an?(?:\(n\))? (.+?)\. .* to the (.+?) in the (.+?)\.", re.DOTALL)
 _POT = re.compile(r"flower pot (\d+) \(containing an? ([\w ]+?) in the \w+ stage")
 
@@ -111,7 +116,7 @@ def _candidates(
     gold = simulator.gold_actions(task, variation, simplification)
     if teleport:
         short = _without_walking(gold)
-        # What each place shows: first as it is at the start, then one look per place that the plan visits.
+        # What each place shows: the first one, then each that the plan visits.
         looks = [simulator.look()]
         for action in short:
             if action.startswith(_TELEPORT):
@@ -143,14 +148,14 @@ def _find_candidates(
     if task == "find-plant":
         things = [(plant, f"flower pot {pot}") for pot, plant in _POT.findall(look)]
     else:
-        names = [
-            name for name in items_in(look) if name not in _NOT_A_FIND and not name.endswith(" box")
-        ]
+        names = [name for name in items_in(look) if not _NOT_A_FIND.fullmatch(name)]
         things = [(name, name) for name in names]
-    start = variation % max(1, len(things))  # not the same thing in every variation
-    for focus, moved in things[start:] + things[:start]:
+    handy = [thing for thing in things if not _FURNITURE.fullmatch(thing[0])]
+    unhandy = [thing for thing in things if thing not in handy]
+    start = variation % max(1, len(handy))  # not the same thing in every variation
+    for focus, moved in handy[start:] + handy[:start] + unhandy:
         pick_up = [f"pick up {moved}"] if carry else []
-        yield [*opening, f"focus on {focus}", *pick_up, *carry, f"move {moved} to {box}"]
+        yield [*opening, _FOCUS + focus, *pick_up, *carry, f"move {moved} to {box}"]
 
 
 def _without_walking(gold: list[str]) -> list[str]:
@@ -163,7 +168,7 @@ def _without_walking(gold: list[str]) -> list[str]:
         elif not (action.startswith("open door") or (action == _LOOK and not plan and not goal)):
             if goal:
                 plan.append(_TELEPORT + goal)
-                if action.startswith("focus on "):
+                if action.startswith(_FOCUS):
                     plan.append(_LOOK)
                 goal = ""
             plan.append(action)
@@ -172,10 +177,10 @@ def _without_walking(gold: list[str]) -> list[str]:
 
 def _as_seen(action: str, seen: list[str]) -> str:
     """An action with its object named as the observations name it."""
-    if action.startswith("focus on "):
-        words = set(action.removeprefix("focus on ").split())
+    if action.startswith(_FOCUS):
+        words = set(action.removeprefix(_FOCUS).split())
         named = sorted({item for item in seen if words <= set(item.split())}, key=len)
-        return f"focus on {named[0]}" if named else action
+        return _FOCUS + named[0] if named else action
     return re.sub(r"^(move .+?) (?:containing .+? )?in inventory to ", r"\1 to ", action)
 
 
@@ -188,6 +193,7 @@ class PlanPlayer:
         self._next = 0
         self._suggested = ""
         self._ambiguous_after = ""
+        self._refocus = ""
 
     def suggest(self, location: str) -> str:
         """The next action, from the place where the agent stands."""
@@ -196,9 +202,10 @@ class PlanPlayer:
 
     def _choose(self, location: str) -> str:
         if self._ambiguous_after:
-            # One's own words were meant for the first choice; anything else cancels what somebody else began.
+            # One's own words were meant for the first choice; any other word cancels.
             return "0" if self._ambiguous_after == self._suggested else _LOOK
         if self._next >= len(self._plan):
+            self._refocus = ""
             self._next = 0  # played to its end without a win: something was moved away; begin again
         step = self._plan[self._next]
         if step.action == _TELEPORT + location:
@@ -206,7 +213,7 @@ class PlanPlayer:
             return self._choose(location)
         if step.location != location and not step.action.startswith(_TELEPORT):
             return self._way(location, step.location)
-        return step.action
+        return self._refocus or step.action
 
     def _way(self, here: str, there: str) -> str:
         """One action on the way between two places."""
@@ -234,10 +241,23 @@ class PlanPlayer:
         self._ambiguous_after = action if ambiguous else ""
         if ambiguous:
             return
-        if self._next < len(self._plan) and action == self._plan[self._next].action:
+        if action == self._refocus:
+            self._refocus = ""
+        elif self._next < len(self._plan) and action == self._plan[self._next].action:
             self._next += 1
-        elif action.startswith("focus on ") and gained:
-            for index in range(self._next, len(self._plan)):
-                if self._plan[index].action.startswith("focus on "):
-                    self._next = index + 1
-                    break
+        elif action.startswith(_FOCUS):
+            if gained:
+                self._skip_focus()
+            elif observation.startswith("You focus"):
+                # The plan's own object, which is at hand or in the hand, has lost the focus.
+                done = [step.action for step in self._plan[: self._next]]
+                self._refocus = next(
+                    (past for past in reversed(done) if past.startswith(_FOCUS)), ""
+                )
+
+    def _skip_focus(self) -> None:
+        """Somebody else focused on a right thing: goes on behind the plan's next focus."""
+        for index in range(self._next, len(self._plan)):
+            if self._plan[index].action.startswith(_FOCUS):
+                self._next = index + 1
+                return

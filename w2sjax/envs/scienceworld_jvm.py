@@ -1,9 +1,10 @@
 """ScienceWorld simulators that share one JVM per process.
 
-The simulator's jar keeps exactly three things outside its simulator objects: the counter of object ids,
-the set of simplifications, and Scala's global random numbers. `Simulator` saves and restores them when
-turns pass from one simulator to another, so that each behaves as if it were alone in its JVM. One JVM
-then serves all slots of a worker process: its code is compiled once, and a simulator costs about 1 MB.
+The simulator's jar keeps exactly three things outside its simulator objects: the counter of object
+ids, the set of simplifications, and Scala's global random numbers. `Simulator` saves and restores
+them when turns pass from one simulator to another, so that each behaves as if it were alone in its
+JVM. One JVM then serves all slots of a worker process: its code is compiled once, and a simulator
+costs about 1 MB.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import subprocess
 import tempfile
@@ -23,6 +25,16 @@ import numpy as np
 from w2sjax.envs.java import find_java
 
 _STOP_SECONDS = 5.0
+# The simulator walks through hash sets of objects that have no hash of their own: by default the
+# order in which things are listed, and the gold player's choices, would differ from run to run. One
+# hash for all objects makes it the order of insertion, for a fifth more time. (A quarter of the
+# heap is for young objects, -Xmn: a step makes megabytes of garbage, and nearly nothing stays.)
+_JVM_OPTIONS = (
+    "-XX:+UseSerialGC",
+    "-XX:+IgnoreUnrecognizedVMOptions",
+    "-XX:+UnlockExperimentalVMOptions",
+    "-XX:hashCode=2",
+)
 # The generator behind scala.util.Random is java.util.Random: 48 bits, x ← x·a + c, output x >> 16.
 _LCG_A, _LCG_C, _LCG_MASK = 0x5DEECE66D, 0xB, (1 << 48) - 1
 _LCG_A_INVERSE = pow(_LCG_A, -1, 1 << 48)
@@ -54,18 +66,10 @@ class _Jvm:
         from py4j.java_gateway import GatewayParameters, JavaGateway, find_jar_path
 
         class_path = os.pathsep.join((find_jar_path(), scienceworld.constants.JAR_PATH))
-        # A quarter of the heap for young objects: a step makes megabytes of garbage, and nearly nothing stays.
-        command = [
-            java,
-            f"-Xmx{heap_mb}m",
-            f"-Xmn{heap_mb // 4}m",
-            "-XX:+UseSerialGC",
-            "-cp",
-            class_path,
-        ]
-        command += ["py4j.GatewayServer", "--die-on-broken-pipe", "--enable-auth", "0"]
+        command = [java, f"-Xmx{heap_mb}m", f"-Xmn{heap_mb // 4}m", *_JVM_OPTIONS, "-cp"]
+        command += [class_path, "py4j.GatewayServer", "--die-on-broken-pipe", "--enable-auth", "0"]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
-        # In a process group of its own, Ctrl-C reaches Python alone; the end of its standard input ends it.
+        # In a group of its own, so that Ctrl-C reaches Python alone. It ends with its input.
         self.process = subprocess.Popen(
             command,
             cwd=scienceworld.constants.BASEPATH,  # the jar reads a table from there
@@ -86,6 +90,8 @@ class _Jvm:
                 port=int(port), auth_token=token.decode().strip(), auto_field=True
             )
         )
+        # A lost JVM is reported once, by the RuntimeError of `Simulator`.
+        logging.getLogger("py4j").setLevel(logging.CRITICAL)
         jvm = self.gateway.jvm
         # The jar prints every object it sees. Silence it before Scala takes hold of the stream.
         jvm.java.lang.System.setOut(jvm.java.io.PrintStream(os.devnull))
@@ -129,7 +135,7 @@ class _Jvm:
 
 
 def _lcg_state(first: int, second: int) -> int:
-    """The state of java.util.Random before it gave two 32-bit numbers (its lowest 16 bits by search)."""
+    """The state of java.util.Random before it gave two 32-bit numbers (16 bits by search)."""
     after_first = (np.uint64(first) << np.uint64(16)) + np.arange(1 << 16, dtype=np.uint64)
     after_second = (after_first * np.uint64(_LCG_A) + np.uint64(_LCG_C)) & np.uint64(_LCG_MASK)
     found = np.flatnonzero(after_second >> np.uint64(16) == np.uint64(second))
@@ -143,11 +149,12 @@ _jvms_lock = threading.Lock()
 class Simulator:
     """One ScienceWorld simulator, behaving as if it had a JVM of its own.
 
-    Errors: a call raises RuntimeError where the JVM has died, ran out of memory or threw. The simulator is
-    then of no more use; a new one starts a new JVM.
+    Errors: a call raises RuntimeError where the JVM has died, ran out of memory or threw. The
+    simulator is then of no more use; a new one starts a new JVM.
 
     Args:
-      heap_mb: largest heap of the JVM, in MB, shared by all simulators of this process with the same value.
+      heap_mb: largest heap of the JVM, in MB, shared by all simulators of this process with the
+      same value.
     """
 
     def __init__(self, heap_mb: int):
@@ -169,6 +176,12 @@ class Simulator:
     def pid(self) -> int:
         """Process id of the JVM."""
         return self._alive().process.pid
+
+    @property
+    def usable(self) -> bool:
+        """Whether the simulator is open and its JVM runs."""
+        jvm = self._jvm
+        return jvm is not None and jvm.alive and jvm.process.poll() is None
 
     def load(self, task: str, variation: int, simplification: str) -> None:
         """Starts a task anew (about 25 ms once the JVM is warm)."""
@@ -210,10 +223,10 @@ class Simulator:
             return sorted(set(json.loads(self._server.getPossibleObjectReferentLUTJSON()).values()))
 
     def valid_actions(self) -> list[str]:
-        """All actions that the simulator holds valid now, sorted (40 ms and more, hundreds of actions).
+        """All actions that the simulator holds valid now, sorted (hundreds, in 40 ms and more).
 
-        Names are drawn at random where an object has several: always from the same seed here, and the
-        episode's own random numbers stay untouched.
+        Names are drawn at random where an object has several: always from the same seed here, and
+        the episode's own random numbers stay untouched.
         """
         with self._turn():
             jvm = self._jvm
@@ -267,7 +280,7 @@ class Simulator:
                 self._forget_task_library()
 
     def _forget_task_library(self) -> None:
-        """Drops the objects of all 30 tasks, 10 MB, that the simulator makes anew at each load anyway."""
+        """Drops the objects of all 30 tasks, 10 MB, which each load makes anew anyway."""
         getattr(self._server, "taskMaker_$eq")(None)
 
     @contextlib.contextmanager
@@ -295,6 +308,6 @@ class Simulator:
             except (Py4JNetworkError, Py4JError, OSError) as error:
                 jvm.stop()
                 raise RuntimeError(
-                    f"ScienceWorld's JVM (process {jvm.process.pid}, exit code {jvm.process.returncode}) gave no "
-                    f"answer: {error}"
+                    f"ScienceWorld's JVM (process {jvm.process.pid}, exit code "
+                    f"{jvm.process.returncode}) gave no answer: {error}"
                 ) from error

@@ -1,0 +1,277 @@
+"""Real ScienceWorld: one JVM for all tests here, as in a worker process."""
+
+import itertools
+import os
+import random
+import shutil
+
+import pytest
+
+from w2sjax.envs import java, scienceworld, scienceworld_jvm
+from w2sjax.envs.base import Env
+from w2sjax.envs.scienceworld import SHORT_TASKS, SPLITS, TASKS, ScienceWorld
+from w2sjax.envs.scienceworld_jvm import Simulator
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    """Keeps the module's JVM alive; a bare simulator for those who ask the package itself."""
+    with_jvm = Simulator(512)
+    yield with_jvm
+    pid = with_jvm.pid
+    with_jvm.close()
+    with_jvm.close()
+    assert not os.path.exists(f"/proc/{pid}"), "the JVM outlived its last simulator"
+
+
+@pytest.fixture(scope="module")
+def env(simulator):
+    made = ScienceWorld()
+    yield made
+    made.close()
+    made.close()
+
+
+def _run_expert(env, task_id, deviations=()):
+    """Plays the expert, with given actions instead of its own at given steps; the last outcome."""
+    env.reset(task_id)
+    for step in range(env.max_steps):
+        wanted = env.expert_action()
+        outcome = env.step(dict(deviations).get(step, wanted))
+        if outcome.done:
+            break
+    return outcome
+
+
+@pytest.mark.parametrize("task", SHORT_TASKS)
+def test_expert_wins(env, task):
+    assert isinstance(env, Env)
+    ids = [task_id for task_id in env.task_ids("test") if task_id.split("/")[1] == task][:2]
+    for task_id in ids:
+        outcome = _run_expert(env, task_id)
+        assert (outcome.done, outcome.success, outcome.score) == (True, True, 1.0), task_id
+
+
+@pytest.mark.parametrize(
+    "deviations",
+    [
+        {1: "teleport to workshop"},  # led away between going there and looking
+        {3: "teleport to bedroom", 4: "focus on bed"},  # led away with the plant, focus lost
+        {2: "pick up cup", 3: "nonsense"},
+    ],
+)
+def test_expert_comes_back_after_other_actions(env, deviations):
+    env_task = "scienceworld/find-plant/230"
+    assert _run_expert(env, env_task, deviations).success
+
+
+def test_expert_answers_an_ambiguous_request(env):
+    task_id = "scienceworld/lifespan-longest-lived/30"  # an orange in the hand, one in the kitchen
+    env.reset(task_id)
+    env.step("teleport to kitchen")
+    assert env.step("look at orange").observation.startswith("Ambiguous request")
+    assert env.admissible_actions() == ["0", "1"]
+    for _ in range(6):
+        outcome = env.step(env.expert_action())
+        if outcome.done:
+            break
+    assert outcome.success
+
+
+def test_wrong_focus_fails_with_score_zero(env):
+    env.reset("scienceworld/lifespan-shortest-lived/5")
+    assert env.step("teleport to outside").score > 0
+    outcome = env.step("focus on axe")
+    assert (outcome.done, outcome.success, outcome.score) == (True, False, 0.0)
+    after = env.step("look around")
+    assert (after.done, after.success, after.score) == (True, False, 0.0)
+
+
+def test_scores_are_the_package_s(env, simulator):
+    """The same plan through the bare simulator gives the same scores."""
+    task_id = "scienceworld/lifespan-longest-lived-then-shortest-lived/7"
+    env.reset(task_id)
+    simulator.load("lifespan-longest-lived-then-shortest-lived", 7, "easy")
+    for _ in range(env.max_steps):
+        action = env.expert_action()
+        outcome = env.step(action)
+        text, raw, completed = simulator.step(action)
+        assert (outcome.score, outcome.done) == (max(0.0, raw), completed)
+        assert outcome.observation.split() == text.split()  # compacted, but nothing lost
+        if completed:
+            break
+    assert completed and raw == 1.0
+
+
+def test_odd_actions_get_an_answer(env):
+    env.reset("scienceworld/find-plant/3")
+    score = env.step("teleport to kitchen").score
+    odd = [
+        "",
+        " ",
+        "\n",
+        "look around\nfocus on agent",
+        "x" * 200_000,
+        "\x00",
+        "a\x00b",
+        "🌱",
+        "\ud800",
+    ]
+    odd += ["(.*)[", "Action: look around", "focus on", "LOOK AROUND", "\t", "move", "7"]
+    for action in odd:
+        outcome = env.step(action)
+        assert outcome.observation.strip() and not outcome.done
+        assert outcome.score == score
+    assert "kitchen" in env.step("look around").observation  # and it goes on
+
+
+def test_reset_task_is_blocked(env):
+    env.reset("scienceworld/find-plant/3")
+    score = env.step("teleport to kitchen").score
+    for action in ("reset task", "Reset   TASK", "reset\ttask"):
+        outcome = env.step(action)
+        assert outcome.observation.startswith("No known action") and outcome.score == score
+    assert "reset task" not in env.admissible_actions()
+
+
+def test_text_is_a_function_of_the_actions(env):
+    """Same actions, same text: also with the expert and the admissible actions asked in between."""
+    actions = ["look around", "teleport to greenhouse", "look around", "wait", "look in bee hive"]
+    actions += ["open bee hive", "look around", "teleport to outside", "look around"]
+    texts = []
+    for asks in (False, True):
+        text = [env.reset("scienceworld/find-plant/17")]
+        for action in actions:
+            if asks:
+                env.expert_action()
+                env.admissible_actions()
+            text.append(env.step(action).observation)
+        texts.append(text)
+    assert texts[0] == texts[1]
+
+
+def test_simulators_of_one_jvm_do_not_see_each_other(simulator):
+    """Turn by turn as one by one, with tasks that differ in simplifications and live on chance."""
+    jobs = [
+        ("grow-plant", 7, ""),
+        ("power-component", 1, "easy"),
+        ("mendelian-genetics-known-plant", 2, "easy"),
+    ]
+    actions = ["teleport to greenhouse", "look around", "wait", "look around"]
+    actions += ["teleport to workshop", "look around", "go to hallway"]
+    actions += ["connect battery anode to red wire terminal 1", "pick up seed jar"]
+
+    def play(job):
+        simulator.load(*job)
+        return [simulator.look(), *(simulator.step(action) for action in actions)]
+
+    alone = [play(job) for job in jobs]
+    others = [Simulator(512) for _ in jobs]
+    assert {other.pid for other in others} == {simulator.pid}
+    together = []
+    for other, job in zip(others, jobs, strict=True):
+        other.load(*job)
+        together.append([other.look()])
+    for action in actions:
+        for index in random.Random(action).sample(range(len(jobs)), len(jobs)):
+            together[index].append(others[index].step(action))
+        others[0].valid_actions()
+    for other in others:
+        other.close()
+    assert together == alone
+
+
+def test_random_numbers_go_on_where_they_stopped():
+    """The state found from two outputs gives these outputs (java.util.Random with seed 5)."""
+    first, second, third = -1157408321, 758500184, 379066948
+    state = scienceworld_jvm._lcg_state(first & 0xFFFFFFFF, second & 0xFFFFFFFF)
+    assert state == 5 ^ 0x5DEECE66D
+    for output in (first, second, third):
+        state = (state * 0x5DEECE66D + 0xB) & ((1 << 48) - 1)
+        assert state >> 16 == output & 0xFFFFFFFF
+
+
+def test_admissible_actions_mean_something(env):
+    task_id = "scienceworld/find-non-living-thing/10"
+    env.reset(task_id)
+    actions = env.admissible_actions()
+    assert actions == sorted(set(actions)) and env.admissible_actions() == actions
+    assert 30 < len(actions) < 250
+    valid = set(env._simulator.valid_actions())
+    assert len(valid & set(actions)) > 0.6 * len(actions)  # the others name things in other words
+    for action in random.Random(0).sample(actions, 12):
+        env.reset(task_id)
+        assert not env.step(action).observation.startswith(("No known", "Unknown")), action
+
+
+def test_splits_are_disjoint_and_official(env, simulator):
+    for task in ("lifespan-longest-lived", "find-plant", "identify-life-stages-2", "boil"):
+        folds = simulator.folds(task)
+        cut = {split: scienceworld.split_variations(task, split) for split in SPLITS}
+        assert cut["dev"] == folds["dev"] and cut["test"] == folds["test"]
+        assert sorted(cut["pretrain"] + cut["demos"] + cut["train"]) == folds["train"]
+        for one, other in itertools.combinations(cut.values(), 2):
+            assert not set(one) & set(other)
+    assert len(env.task_ids("train")) >= 150
+    ids = env.task_ids("test")
+    assert env.task_ids("test", 40) == ids[:40] and len(set(ids)) == len(ids)
+    assert {task_id.split("/")[1] for task_id in ids[:40]} == set(SHORT_TASKS)  # a fair prefix
+
+
+def test_names_of_tasks_are_official(simulator):
+    import scienceworld.constants
+
+    assert sorted(scienceworld.constants.ID2TASK.values()) == sorted(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tasks": "find-plants"}, "find-plants"),
+        ({"simplification": "simple"}, "simple"),
+        ({"heap_mb": 1}, "heap_mb"),
+        ({"max_steps": {"boil": 0}}, "boil"),
+    ],
+)
+def test_wrong_options_are_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        ScienceWorld(**options)
+
+
+@pytest.mark.parametrize(
+    "task_id", ["", "find-plant/3", "scienceworld/find-plant/300", "scienceworld/x/1"]
+)
+def test_wrong_task_ids_are_named(env, task_id):
+    with pytest.raises(ValueError, match="task_id"):
+        env.reset(task_id)
+    with pytest.raises(ValueError, match="split"):
+        env.task_ids("testing")
+    with pytest.raises(ValueError, match="9999"):
+        env.task_ids("test", 9999)
+
+
+def test_missing_java_and_packages_say_what_to_do(monkeypatch):
+    monkeypatch.setenv(java.JAVA_VARIABLE, "/nowhere/java")
+    with pytest.raises(FileNotFoundError, match="/nowhere/java"):
+        ScienceWorld()
+    monkeypatch.delenv(java.JAVA_VARIABLE)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(java.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install -e '\.\[scienceworld\]'"):
+        java.find_java()
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[scienceworld\]'"):
+        ScienceWorld()
+
+
+def test_a_dead_jvm_is_an_error_and_the_next_reset_starts_another():
+    own = ScienceWorld(tasks="find-plant", heap_mb=128)  # a heap of its own: a JVM of its own
+    own.reset("scienceworld/find-plant/0")
+    pid = own._simulator.pid
+    own._simulator._jvm.process.kill()
+    own._simulator._jvm.process.wait()
+    with pytest.raises(RuntimeError, match=f"{pid}"):
+        own.step("look around")
+    assert "Your task" in own.reset("scienceworld/find-plant/0")
+    own.close()
+    with pytest.raises(RuntimeError, match="reset"):
+        own.step("look around")
