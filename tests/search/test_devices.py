@@ -23,9 +23,10 @@ def work(keys, lengths, returns):
 wanted = jax.jit(work)(keys, lengths, returns)
 for number in (1, 2, 8):
     mesh = jax.make_mesh((number,), ("task",), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(work, mesh=mesh, in_specs=P("task"), out_specs=P("task"),
-    check_vma=False) sharded = jax.device_put((keys, lengths, returns), NamedSharding(mesh,
-    P("task"))) results = [jax.jit(mapped)(*sharded)]
+    split = P("task")
+    mapped = jax.shard_map(work, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    sharded = jax.device_put((keys, lengths, returns), NamedSharding(mesh, split))
+    results = [jax.jit(mapped)(*sharded)]
     if number == 2:
         results.append(jax.jit(work)(*sharded))
     for result in results:

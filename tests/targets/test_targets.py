@@ -4,6 +4,7 @@ out.
 
 import doctest
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def slow_pairs(trie, values, lengths, pairing):
         elif pairing == "best_vs_worst":
             sides = [(ranked[0], ranked[-1])]
         else:
-            sides = list(zip(ranked, ranked[1:], strict=False))
+            sides = list(itertools.pairwise(ranked))
         here = []
         for chosen, rejected in sides:
             gap = values[chosen.index] - values[rejected.index]
@@ -117,7 +118,8 @@ def test_horizon_of_one_step():
     tree = jax.jit(trees.build_tree, static_argnames="max_nodes")(
         np.array([[1, 2, 3], [1, 4, 5]]), np.array([3, 3]), np.array([0.0, 1.0]), max_nodes=6
     )
-    pairs = targets.branch_pairs(tree, search.backup_mean(tree), max_pairs=2, horizon=1)
+    one_step = functools.partial(targets.branch_pairs, max_pairs=2, horizon=1)
+    pairs = jax.jit(one_step)(tree, search.backup_mean(tree))
     assert (int(pairs.start[0]), int(pairs.chosen_end[0]), int(pairs.rejected_end[0])) == (1, 2, 2)
     with pytest.raises(ValueError, match="pairing: got 'all'"):
         targets.branch_pairs(tree, search.backup_mean(tree), max_pairs=2, pairing="all")

@@ -79,6 +79,7 @@ def run_mcts(
     table = compress_chains(tree, stop_as_child=stop_as_child)
     slot_priors = None
     if priors is not None:
+        priors = jnp.asarray(priors)
         chex.assert_shape(priors, (num_nodes,))
         up = jnp.where(tree.parent >= 0, tree.parent, num_nodes)
         rest = 1 - jnp.zeros((num_nodes,), priors.dtype).at[up].add(priors, mode="drop")
