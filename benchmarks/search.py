@@ -1,0 +1,294 @@
+"""How fast is tree search? Against Python objects, mctx and a numba loop, on the same trees.
+
+    python benchmarks/search.py [--quick] [--json FILE]
+
+Chain removal is part of this library's time and of the numba loop's tables. Peers: `python` is UCT
+over a Python object per node, as the reference code has it (timed on at most 64 trees and scaled
+up); `mctx` is `muzero_policy` with the same trees as look-up tables, another algorithm (it ends
+each simulation at a new node, and its trees grow; equal numbers of simulations are compared, not
+equal results); `numba` is one thread of compiled loops over the compressed trees, and is left out
+where numba is not installed. The host's cores are shown to JAX as devices and the tasks are split
+over them by `shard_map`, as a user would. Times are medians, warm. Visit counts are checked against
+Python's before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+
+os.environ.setdefault(
+    "XLA_FLAGS", f"--xla_force_host_platform_device_count={min(os.cpu_count() or 1, 2)}"
+)
+
+import jax
+import jax.numpy as jnp
+import mctx
+import numpy as np
+import trees as tree_benchmark
+from jax.sharding import AxisType, PartitionSpec
+from trees import MAX_NODES, Node, build_many, build_python, make_tasks, median_ms
+
+from w2sjax import search, trees
+
+WEIGHT = 1.41
+
+
+def search_python(root: Node, simulations: int) -> None:
+    """UCT over `Node`s; stopping is a choice in front of the children."""
+    stops: dict[Node, list[float]] = {}
+    for _ in range(simulations):
+        node, path = root, [root]
+        while node.children:
+            stop = None
+            if node.terminal_count:
+                stop = stops.setdefault(node, [0, 0.0])
+            total = node.visits
+            best, best_score = None, -math.inf
+            if stop is not None:
+                if stop[0] == 0:
+                    best_score = math.inf
+                else:
+                    best_score = stop[1] / stop[0] + WEIGHT * math.sqrt(math.log(total) / stop[0])
+            for child in node.children.values():
+                if child.visits == 0:
+                    score = math.inf
+                else:
+                    spread = math.sqrt(math.log(total) / child.visits)
+                    score = child.value_sum / child.visits + WEIGHT * spread
+                if score > best_score:
+                    best, best_score = child, score
+            if best is None:
+                break
+            node = best
+            path.append(node)
+        value = node.terminal_return_sum / node.terminal_count
+        if node.children:
+            stops[node][0] += 1
+            stops[node][1] += value
+        for node in path:
+            node.visits += 1
+            node.value_sum += value
+
+
+def in_order(root: Node) -> list[Node]:
+    """Breadth-first."""
+    nodes = [root]
+    for node in nodes:
+        nodes.extend(node.children.values())
+    return nodes
+
+
+def our_search(simulations: int, form: str, devices: int):
+    """The jitted search of a batch, its tasks split over devices."""
+    run = jax.vmap(functools.partial(search.run_mcts, num_simulations=simulations, form=form))
+    if devices > 1:
+        mesh = jax.make_mesh((devices,), ("task",), axis_types=(AxisType.Auto,))
+        spec = PartitionSpec("task")
+        run = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(run)
+
+
+def mctx_search(tree: trees.TrajectoryTree, simulations: int):
+    """`muzero_policy` on look-up tables; returns a function of no arguments."""
+    width = int(tree.num_children.max())
+    batch, nodes = tree.parent.shape
+    children = tree.first_child[..., None] + jnp.arange(width)
+    exists = jnp.arange(width) < tree.num_children[..., None]
+    children = jnp.where(exists, children, jnp.arange(nodes)[None, :, None])
+    logits = jnp.where(exists, 0.0, -1e9)
+    leaf = tree.num_children == 0
+    value = jnp.where(leaf, tree.return_sum / jnp.maximum(tree.data_count, 1), 0.0)
+    row = jnp.arange(batch)
+
+    def recurrent_fn(tables, rng_key, action, node):
+        del rng_key
+        children, logits, value = tables
+        node = children[row, node, action]
+        return mctx.RecurrentFnOutput(
+            reward=jnp.zeros(batch),
+            discount=jnp.ones(batch),
+            prior_logits=logits[row, node],
+            value=value[row, node],
+        ), node
+
+    @jax.jit
+    def run(tables, invalid):
+        root = mctx.RootFnOutput(
+            prior_logits=tables[1][:, 0],
+            value=tables[2][:, 0],
+            embedding=jnp.zeros(batch, jnp.int32),
+        )
+        return mctx.muzero_policy(
+            tables,
+            jax.random.key(0),
+            root,
+            recurrent_fn,
+            num_simulations=simulations,
+            invalid_actions=invalid,
+            dirichlet_fraction=0.0,
+        ).action_weights
+
+    tables = (children, logits, value)
+    return lambda: jax.block_until_ready(run(tables, ~exists[:, 0]))
+
+
+def numba_search(tree: trees.TrajectoryTree, simulations: int):
+    """One thread of loops over the branch tables; None without numba."""
+    try:
+        import numba
+    except ImportError:
+        return None
+    table = jax.tree.map(np.asarray, jax.jit(jax.vmap(trees.compress_chains))(tree))
+
+    @numba.njit(fastmath=False)
+    def run(first, number, child, value, simulations):
+        batch, slots = child.shape
+        counts = np.zeros((batch, slots), np.int32)
+        sums = np.zeros((batch, slots), np.float32)
+        path = np.zeros(first.shape[1], np.int32)
+        for b in range(batch):
+            if number[b, 0] == 0:
+                continue
+            for _ in range(simulations):
+                node, depth, slot = 0, 0, 0
+                while node >= 0:
+                    total = 0
+                    for j in range(first[b, node], first[b, node] + number[b, node]):
+                        total += counts[b, j]
+                    log_total = np.float32(math.log(total)) if total > 0 else np.float32(0)
+                    best = np.float32(-np.inf)
+                    for j in range(first[b, node], first[b, node] + number[b, node]):
+                        if counts[b, j] == 0:
+                            slot = j
+                            break
+                        n = np.float32(counts[b, j])
+                        score = sums[b, j] / n + np.float32(1.41) * math.sqrt(log_total / n)
+                        if score > best:
+                            best, slot = score, j
+                    path[depth] = slot
+                    depth += 1
+                    node = child[b, slot]
+                for i in range(depth):
+                    counts[b, path[i]] += 1
+                    sums[b, path[i]] += value[b, slot]
+        return counts
+
+    arrays = (table.first_slot, table.num_slots, table.slot_child, table.slot_value)
+    return lambda: run(*arrays, simulations)
+
+
+def check_exact(tasks: list, returns: np.ndarray, simulations: int) -> int:
+    """How many trees have visit counts equal to Python's, in float64."""
+    with jax.enable_x64(True):
+        keys = trees.intern_steps(tasks)
+        build = functools.partial(trees.build_tree, max_nodes=MAX_NODES)
+        tree = jax.jit(jax.vmap(build))(keys.step_keys, keys.lengths, returns.astype(np.float64))
+        visits = np.asarray(our_search(simulations, "auto", 1)(tree).node_visits)
+    equal = 0
+    for b, (rollouts, row) in enumerate(zip(tasks, returns.tolist(), strict=True)):
+        root = build_python(rollouts, row)
+        search_python(root, simulations)
+        wanted = [node.visits for node in in_order(root)]
+        equal += visits[b, : len(wanted)].tolist() == wanted
+    return equal
+
+
+def compare(num_tasks: int, simulations: int, repeats: int) -> dict[str, float]:
+    """Times of one setting, in milliseconds."""
+    tasks, returns = make_tasks(num_tasks)
+    keys = trees.intern_steps(
+        tasks, num_rollouts=tree_benchmark.ROLLOUTS, num_steps=tree_benchmark.STEPS
+    )
+    tree = jax.block_until_ready(build_many(keys.step_keys, keys.lengths, returns))
+    sample = min(num_tasks, 64)
+
+    def python() -> None:
+        for rollouts, row in zip(tasks[:sample], returns[:sample].tolist(), strict=True):
+            search_python(build_python(rollouts, row), simulations)
+
+    def timed(form: str, devices: int) -> float:
+        run = our_search(simulations, form, devices)
+        return median_ms(lambda: jax.block_until_ready(run(tree)), repeats)
+
+    build = median_ms(
+        lambda: [
+            build_python(*x) for x in zip(tasks[:sample], returns[:sample].tolist(), strict=True)
+        ],
+        repeats,
+    )
+    result = {"python_ms": (median_ms(python, 1) - build) * num_tasks / sample}
+    result["mctx_ms"] = median_ms(mctx_search(tree, simulations), 1)
+    numba_run = numba_search(tree, simulations)
+    if numba_run is not None:
+        result["numba_ms"] = median_ms(numba_run, repeats)
+    result["parallel_ms"] = timed("parallel", 1)
+    result["sequential_ms"] = timed("sequential", 1)
+    result["ours_ms"] = timed("auto", len(jax.devices()))
+    for peer in ("python", "mctx", "numba"):
+        if f"{peer}_ms" in result:
+            result[f"vs_{peer}"] = result[f"{peer}_ms"] / result["ours_ms"]
+    return result
+
+
+def count_steps(num_tasks: int, simulations: int) -> dict[str, int]:
+    """Sequential steps of the two forms: k + height, and the sum of the deepest descents."""
+    tasks, returns = make_tasks(num_tasks)
+    keys = trees.intern_steps(tasks)
+    tree = build_many(keys.step_keys, keys.lengths, returns)
+    table = jax.tree.map(np.asarray, jax.jit(jax.vmap(trees.compress_chains))(tree))
+    height = 0
+    for b in range(num_tasks):
+        heights = np.zeros(table.node.shape[1], int)
+        for s in reversed(range(table.slot_child.shape[1])):
+            if table.slot_mask[b, s]:
+                c = table.slot_child[b, s]
+                p = table.slot_branching[b, s]
+                heights[p] = max(heights[p], heights[c] + 1 if c >= 0 else 0)
+        height = max(height, int(heights[0]))
+    choices = int(table.slot_mask.sum())
+    return {
+        "parallel_steps": simulations + height,
+        "sequential_steps_at_most": simulations * (height + 1),
+        "parallel_choices_scored": simulations * choices,
+    }
+
+
+def main() -> None:
+    """Prints the comparison, and writes it where --json says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under a minute")
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    arguments = parser.parse_args()
+    exact_tasks, exact_returns = make_tasks(32 if arguments.quick else 512)
+    exact = check_exact(exact_tasks, exact_returns, 256)
+    print(f"visit counts equal to Python's (float64): {exact} of {len(exact_tasks)} trees")
+    settings = [(512, 256)]
+    if not arguments.quick:
+        settings = [(64, 256), (512, 256), (8192, 256), (64, 1000), (512, 1000), (8192, 1000)]
+    results = {}
+    for num_tasks, simulations in settings:
+        result = compare(num_tasks, simulations, 3)
+        results[f"{num_tasks}x{simulations}"] = result
+        print(f"{num_tasks} tasks × {simulations} simulations on {len(jax.devices())} devices:")
+        print("  " + ", ".join(f"{name} {value:.1f}" for name, value in result.items()))
+    steps = count_steps(512, 256)
+    print("  " + ", ".join(f"{name} {value}" for name, value in steps.items()))
+    if arguments.json:
+        main_setting = results["512x256"]
+        ratios = {
+            f"mcts_vs_{peer}": main_setting[f"vs_{peer}"]
+            for peer in ("python", "mctx", "numba")
+            if f"vs_{peer}" in main_setting
+        }
+        data = {"ratios": ratios, "settings": results, "steps": steps}
+        data["exact"] = {"equal": exact, "of": len(exact_tasks)}
+        with open(arguments.json, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
