@@ -47,7 +47,6 @@ class CollectStats:
       prompt_tokens: tokens of instructions and observations given to the model.
       rounds: turns of the whole sampler.
       slot_rounds: rounds × slots; `turns / slot_rounds` is the share of slots that were at work.
-      padded_tokens: the same with padding and idle slots: what prefilling paid for.
       seconds: wall time so far; `model_seconds` and `env_seconds` are parts of it.
     """
 
@@ -56,7 +55,6 @@ class CollectStats:
     malformed: int = 0
     sampled_tokens: int = 0
     prompt_tokens: int = 0
-    padded_tokens: int = 0
     rounds: int = 0
     slot_rounds: int = 0
     seconds: float = 0.0
@@ -293,7 +291,6 @@ class _Run:
         stats.slot_rounds += num_slots
         stats.turns += int((length > 0).sum())
         stats.prompt_tokens += int(length.sum())
-        stats.padded_tokens += chunk.size
         stats.sampled_tokens += int(result.length.sum())
         stats.model_seconds += time.perf_counter() - began
         return result

@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from w2sjax.sampling.prefill import fill_heads
 from w2sjax.types import Policy
 
 _MIN_CACHE_LENGTH = 256  # caches grow from here in steps, so that few shapes are compiled
@@ -240,15 +241,13 @@ def _advance(
 
 @functools.partial(jax.jit, static_argnames=("policy", "max_length"), donate_argnames="cache")
 def _append(
-    params, cache, length, pending, chunk, chunk_length, reset, *, policy: Policy, max_length: int
+    params, cache, length, pending, chunk, chunk_length, *, policy: Policy, max_length: int
 ):
     """Writes each slot's pending token and chunk.
 
     Returns the cache, the logits [S, V] after what was written, the context's length [S], the
     pending token [S], and which slots play this turn and which were refused for want of room [S].
     """
-    length = jnp.where(reset, 0, length)
-    pending = jnp.where(reset, -1, pending)
     wanted = chunk_length > 0
     played = wanted & (length + chunk_length < max_length)
     has_pending = pending >= 0
@@ -376,14 +375,23 @@ def make_sampler(policy: Policy, settings: SamplerSettings, *, num_slots: int) -
         cache, cache_length = state.cache, bucket(int(needed.max()))
         if cache_length != state.cache_length:
             cache = _resize(cache, policy=policy, length=cache_length)
-        cache, logits, length, pending, played, refused = _append(
+        rest, chunk_length = fill_heads(
             params,
             cache,
-            state.length,
-            state.pending,
+            kept,
+            np.where(reset, -1, np.asarray(state.pending)),
             chunk,
             chunk_length,
-            reset,
+            fits,
+            policy=policy,
+        )
+        cache, logits, length, pending, played, refused = _append(
+            params,
+            rest.cache,
+            rest.length,
+            rest.pending,
+            rest.chunk,
+            chunk_length,
             policy=policy,
             max_length=settings.max_length,
         )
