@@ -28,11 +28,18 @@ def main(argv: list[str]) -> None:
     try:
         pipeline.run(_CONFIG.value, workdir, start_over=_START_OVER.value)
     except pipeline.USER_ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")
 
 
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=_parse)

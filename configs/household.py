@@ -14,17 +14,22 @@ def get_config(arg: str = ""):
     c = default_config()
     c.name = "household"
     c.env.options.instruction = "Act in the room to reach the goal."  # small models need no more
+    c.env.options.families = ("put", "look", "clean", "heat", "cool", "two")
     c.env.options.num_object_types = 6
     c.env.options.max_receptacles = 3
     c.env.options.num_distractors = 2
     c.env.options.max_steps = 14
     c.models.max_length = 288
     c.pretrain.tasks = 8000
-    c.pretrain.random_low = 0.1
-    c.pretrain.random_high = 0.8
-    c.pretrain.weak_steps = 1000
-    c.pretrain.strong_steps = 2000
-    c.weak.steps = 300
+    c.tasks.demonstrations = 60
+    c.pretrain.random_low = 0.05
+    c.pretrain.random_high = 0.7
+    c.pretrain.weak_steps = 700
+    c.pretrain.strong_steps = 2500
+    c.weak.steps = 200
+    c.train.steps = 700
+    c.targets.best_path_min_return = 0.9  # mcts: best paths that succeed
+    c.train.pairs = 4
     if arg == "smoke":
         _smoke(c)
     elif arg == "dev":

@@ -15,6 +15,16 @@ def get_config(arg: str = ""):
     c.name = "scienceworld"
     c.env.name = "scienceworld"
     c.env.workers = 2
+    c.env.options.tasks = (
+        "lifespan-longest-lived",
+        "lifespan-shortest-lived",
+        "lifespan-longest-lived-then-shortest-lived",
+        "find-non-living-thing",
+        "find-plant",
+    )
+    c.env.options.simplification = "easy"
+    c.env.options.heap_mb = 512
+    c.env.options.instruction = "Solve the task in the house."  # small models need no more
     c.tasks.demonstrations = 48
     c.tasks.train = 150
     c.tasks.held_out = 100

@@ -1,7 +1,7 @@
 """Every field a run can set, its default, and what values make sense.
 
 A config file in `configs/` calls `default_config()`, changes what it needs and returns it locked.
-Only `pipeline.py` reads a config; the rooms get plain arguments.
+Only `pipeline` reads a config; the rooms get plain arguments.
 """
 
 from __future__ import annotations
@@ -10,6 +10,11 @@ from collections.abc import Callable
 
 import ml_collections
 
+from w2sjax.chat.tokenizer import SMALLEST_VOCAB
+from w2sjax.models import PRESETS
+from w2sjax.train.optim import OPTIMIZERS, SCHEDULES
+
+_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 SFT_METHODS = ("sft_all", "sft_success", "mcts", "tree_awr", "ceiling")
 PREFERENCE_METHODS = {  # method → the SFT targets that its frozen reference was trained on
     "dpo": "sft_success",
@@ -76,6 +81,8 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.sampler = ml_collections.ConfigDict()
     c.sampler.slots = 128  # episodes in flight
+    # episodes sampled as one block; a resumed run repeats the block it was cut in
+    c.sampler.block = 1024
 
     c.trees = ml_collections.ConfigDict()
     c.trees.merge_on = "action_observation"  # or "action", "observation_history"
@@ -133,7 +140,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.gate.min_sampled_success = 0.05  # of the weak rollouts
     c.gate.max_sampled_success = 0.8
     c.gate.min_tasks_with_success = 0.2  # share of tasks with at least one success
-    c.gate.min_shared_steps = 0.1  # share of steps that another rollout of the task took as well
+    c.gate.min_shared_steps = 0.1  # share of steps that merging rollouts into trees saves
     return c
 
 
@@ -157,6 +164,7 @@ _POSITIVE = (
     "rollouts.temperature",
     "rollouts.max_new_tokens",
     "sampler.slots",
+    "sampler.block",
     "search.num_simulations",
     "targets.max_pairs_per_tree",
     "targets.max_pairs_per_node",
@@ -260,6 +268,29 @@ def validate(config: ml_collections.ConfigDict) -> None:
         problems.append(
             f"config.evaluate.headline is {config.evaluate.headline!r}, which is not in "
             f"config.evaluate.modes {tuple(config.evaluate.modes)}"
+        )
+    for which in ("weak", "strong"):
+        require(f"models.{which}", PRESETS.__contains__, f"one of {', '.join(PRESETS)}")
+    require("train.optimizer", OPTIMIZERS.__contains__, f"one of {', '.join(OPTIMIZERS)}")
+    require("train.schedule", SCHEDULES.__contains__, f"one of {', '.join(SCHEDULES)}")
+    require("tokenizer.vocab_size", lambda v: v >= SMALLEST_VOCAB, f"{SMALLEST_VOCAB} or more")
+    require("name", lambda v: v and set(v) <= _NAME, "letters, digits, _ and - only")
+    if set(PREFERENCE_METHODS) & set(config.methods):
+        require("train.preference_steps", lambda v: v > 0, "greater than 0 for preference methods")
+    shortest = min(config.train.steps, config.weak.steps, config.pretrain.weak_steps)
+    if set(PREFERENCE_METHODS) & set(config.methods):
+        shortest = min(shortest, config.train.preference_steps)
+    require(
+        "train.warmup_steps",
+        lambda v: v < shortest,
+        f"less than the steps of the shortest training ({shortest})",
+    )
+    if config.gate.min_sampled_success > config.gate.max_sampled_success:
+        problems.append("config.gate.min_sampled_success is above config.gate.max_sampled_success")
+    if config.env.workers > 0 and config.sampler.slots % config.env.workers:
+        problems.append(
+            f"config.sampler.slots ({config.sampler.slots}) must be a multiple of "
+            f"config.env.workers ({config.env.workers})"
         )
     if config.rollouts.top_p == 0:
         problems.append("config.rollouts.top_p is 0; it must be greater than 0")

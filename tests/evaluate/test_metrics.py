@@ -42,6 +42,11 @@ def test_episode_of_an_unknown_task_is_an_error():
         task_scores([episode("z", Status.SUCCESS, 1.0)], ["a"])
 
 
+def test_a_task_without_an_episode_is_an_error_and_not_left_out():
+    with pytest.raises(ValueError, match="'b'"):
+        task_scores([episode("a", Status.SUCCESS, 1.0)], ["a", "b"])
+
+
 def test_pgr_is_0_at_weak_and_1_at_the_ceiling():
     rng = np.random.default_rng(0)
     weak, ceiling = rng.random(200) * 0.5, 0.5 + rng.random(200) * 0.5
@@ -124,6 +129,6 @@ def test_a_crash_in_one_run_leaves_the_other_runs_of_the_task():
 
 def test_runs_with_other_tasks_cannot_be_pooled():
     one = task_scores([episode("a", Status.SUCCESS, 1.0)], ["a"])
-    two = task_scores([episode("a", Status.SUCCESS, 1.0)], ["a", "b"])
+    two = task_scores([episode(t, Status.SUCCESS, 1.0) for t in "ab"], ["a", "b"])
     with pytest.raises(ValueError, match=r"\[1, 2\]"):
         pool_runs([one, two])

@@ -74,7 +74,41 @@ def test_a_workdir_of_another_config_is_refused_with_the_difference(tmp_path):
         claim_workdir(workdir, {"train": {"steps": 2}, "seed": 0}, start_over=False)
     assert "seed" not in str(caught.value)
     claim_workdir(workdir, {"train": {"steps": 2}, "seed": 0}, start_over=True)
-    assert read_json(workdir / "config.json")["train"]["steps"] == 2
+    assert read_json(workdir / "config.json")["config"]["train"]["steps"] == 2
+
+
+def test_start_over_keeps_what_the_same_config_made(tmp_path):
+    workdir = tmp_path / "w"
+    claim_workdir(workdir, {"seed": 0}, start_over=True)
+    (workdir / "stage").mkdir()
+    claim_workdir(workdir, {"seed": 0}, start_over=True)
+    assert (workdir / "stage").exists()
+
+
+@pytest.mark.parametrize("start_over", [False, True])
+def test_a_model_directory_is_never_taken_for_a_workdir(tmp_path, start_over):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="no run of w2sjax made"):
+        claim_workdir(tmp_path, {}, start_over=start_over)
+
+
+def test_a_result_that_was_changed_afterwards_is_noticed(tmp_path):
+    run_stage("s", tmp_path / "s", {}, {}, make_counter([]))
+    (tmp_path / "s" / "out.txt").write_text("edited")
+    with pytest.raises(ValueError, match="was changed after it was made"):
+        run_stage("s", tmp_path / "s", {}, {}, make_counter([]))
+
+
+def test_other_results_of_an_input_change_the_key(tmp_path):
+    def key(text, number):
+        inputs = {
+            "i": run_stage(
+                "i", tmp_path / f"i{number}", {}, {}, lambda d: (d / "x").write_text(text) and None
+            )
+        }
+        return run_stage("s", tmp_path / f"s{number}", {}, inputs, lambda d: None).key
+
+    assert key("a", 0) == key("a", 1) != key("b", 2)
 
 
 def test_start_over_never_deletes_what_no_run_made(tmp_path):

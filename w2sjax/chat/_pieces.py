@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,6 +32,9 @@ Piece = tuple[int, ...] | str | TextSlot
 Pieces = tuple[Piece, ...]
 # The same before control text was tokenised.
 RawPieces = tuple[str | TextSlot, ...]
+
+# Environments repeat themselves: most observations and actions are tokenised once.
+_CACHED_TEXTS, _LONGEST_CACHED = 1 << 15, 400
 
 _PAD_LEFT, _PAD_RIGHT = "\t \n\t", "\t\n \t"  # to see whether a template strips texts
 
@@ -105,8 +109,7 @@ def _learn(
     if not middle.startswith(start) or not whole.startswith(middle):
         raise _Unsuitable(
             "earlier turns are rendered differently once the conversation goes on, so an episode "
-            "cannot be "
-            "built turn by turn"
+            "cannot be built turn by turn"
         )
     head = _cut(start, markers[:first], order[:first])
     turn = _cut(middle[len(start) :], markers[first : first + 2], order[first : first + 2])
@@ -165,8 +168,7 @@ def _cut(text: str, markers: Sequence[str], slots: Sequence[TextSlot]) -> RawPie
         if text.count(marker) != 1:
             raise _Unsuitable(
                 f"the {_ROLES[slot]} text is written {text.count(marker)} times, or out of order, "
-                f"instead "
-                "of once"
+                "instead of once"
             )
         before, _, text = text.partition(marker)
         pieces += [before, slot] if before else [slot]
@@ -195,8 +197,7 @@ class PieceTokenizer:
         if not isinstance(backend, tokenizers.Tokenizer):
             raise ValueError(
                 f"tokenizer: {type(tokenizer).__name__} is not backed by the `tokenizers` library; "
-                f"load its "
-                "fast version (a directory with tokenizer.json)"
+                "load its fast version (a directory with tokenizer.json)"
             )
         state = json.loads(backend.to_str())
         state["truncation"] = state["padding"] = None
@@ -209,6 +210,7 @@ class PieceTokenizer:
         self._control = tokenizers.Tokenizer.from_str(serialised)
         self._plain = tokenizers.Tokenizer.from_str(serialised)
         self._plain.encode_special_tokens = True
+        self._cached_text_ids = functools.lru_cache(_CACHED_TEXTS)(self._compute_text_ids)
         self._check_plain(tokenizer.unk_token_id)
         self._anchor_ids = self._plain_ids("\n")
         self._anchor_in_text = self._plain_ids("\nx") != self._anchor_ids + self._plain_ids("x")
@@ -276,6 +278,11 @@ class PieceTokenizer:
         """Ids of plain text. Anchored: without the space that some tokenizers put before a text."""
         if not text:
             return []
+        if len(text) > _LONGEST_CACHED:
+            return self._compute_text_ids(text, anchored)
+        return self._cached_text_ids(text, anchored)
+
+    def _compute_text_ids(self, text: str, anchored: bool) -> list[int]:
         if anchored:
             ids = self._plain_ids("\n" + text)
             if ids[: len(self._anchor_ids)] == self._anchor_ids:

@@ -39,9 +39,8 @@ def format_answer(action: str, thought: str | None = None) -> str:
     if parse_answer(text) != (thought, action):
         raise ValueError(
             f"action {action!r} with thought {thought!r} cannot be written as an answer: an action "
-            f"is one "
-            f"non-empty line, a thought does not contain {ACTION_MARK!r}, and neither has spaces "
-            f"at its ends"
+            f"is one non-empty line, a thought does not contain {ACTION_MARK!r}, and neither has "
+            "spaces at its ends"
         )
     return text
 

@@ -82,9 +82,8 @@ class ChatTemplate:
         if end_at is None or end_at > observation_at:
             raise ValueError(
                 "chat template: no special token stands between an answer and the next user "
-                "message, so "
-                "nothing would tell where an answer ends; use a template that closes the "
-                "assistant's turns"
+                "message, so nothing would tell where an answer ends; use a template that closes "
+                "the assistant's turns"
             )
         end_ids = answer_and_observation[end_at]
         self._answer = (*answer_and_observation[:end_at], end_ids[:1])

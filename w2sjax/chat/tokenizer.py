@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 _PIECES = r" ?\p{L}+(?: \d+)?| ?\d+| ?[^\s\p{L}\d]+|\s+(?!\S)|\s+"
 
 _MARKS = (THOUGHT_MARK, ACTION_MARK)
-_SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS) + len(_MARKS)
+SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS) + len(_MARKS)
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> transformers.PreTrainedTokenizerFast:
@@ -60,9 +60,9 @@ def train_bpe(texts: Iterable[str], *, vocab_size: int) -> transformers.PreTrain
     import transformers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < _SMALLEST_VOCAB:
+    if vocab_size < SMALLEST_VOCAB:
         raise ValueError(
-            f"vocab_size is {vocab_size}; at least {_SMALLEST_VOCAB} are needed for 256 bytes, "
+            f"vocab_size is {vocab_size}; at least {SMALLEST_VOCAB} are needed for 256 bytes, "
             f"{len(SPECIAL_TOKENS)} special tokens and {len(_MARKS)} marks"
         )
     bpe = tokenizers.Tokenizer(models.BPE())
@@ -127,7 +127,6 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> transformers.PreTrained
     if not tokenizer.chat_template:
         raise ValueError(
             f"{path}: this tokenizer has no chat template; use the model's chat version, or put "
-            f"its "
-            "template into chat_template.jinja in that directory"
+            "its template into chat_template.jinja in that directory"
         )
     return tokenizer

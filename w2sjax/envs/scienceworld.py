@@ -131,6 +131,7 @@ class ScienceWorld:
       heap_mb: largest heap of the JVM in MB, shared by all objects of this process with the same
       value.
       max_steps: step limits by task name that replace those of `TASKS`.
+      instruction: another system message; None for the built-in one, which lists the actions.
 
     Raises:
       ImportError: the packages are missing. FileNotFoundError: no Java runtime. ValueError: an
@@ -146,7 +147,10 @@ class ScienceWorld:
         simplification: str = "easy",
         heap_mb: int = 512,
         max_steps: Mapping[str, int] | None = None,
+        instruction: str | None = None,
     ):
+        if instruction is not None:
+            self.instruction = instruction
         self._tasks = _checked_tasks(tasks)
         self._simplification = _checked_simplification(simplification)
         if isinstance(heap_mb, bool) or not isinstance(heap_mb, int) or heap_mb < _MIN_HEAP_MB:

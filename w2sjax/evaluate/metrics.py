@@ -58,7 +58,7 @@ def task_scores(trajectories: Sequence[Trajectory], task_ids: Sequence[str]) -> 
       Scores, with NaN where a task has no scored episode.
 
     Raises:
-      ValueError: a trajectory of a task that is not in `task_ids`.
+      ValueError: a trajectory of a task that is not in `task_ids`, or a task without any.
     """
     index = {task: i for i, task in enumerate(task_ids)}
     total = np.zeros((len(task_ids), 3))
@@ -72,6 +72,10 @@ def task_scores(trajectories: Sequence[Trajectory], task_ids: Sequence[str]) -> 
             continue
         total[index[trajectory.task_id]] += (1.0, trajectory.score, float(trajectory.success))
         steps += len(trajectory.steps)
+    seen = {trajectory.task_id for trajectory in trajectories}
+    absent = [task for task in task_ids if task not in seen]
+    if absent:
+        raise ValueError(f"{len(absent)} evaluated tasks have no episode, {absent[0]!r} first")
     count = total[:, 0]
     with np.errstate(invalid="ignore", divide="ignore"):
         reward, success = total[:, 1] / count, total[:, 2] / count
@@ -94,7 +98,8 @@ def _bootstrap(
     """The statistic of the means, its resampled values, and how to cut an interval from those.
 
     Runs (training seeds) and tasks are both drawn with replacement, the same ones for all `values`,
-    so that an interval over several runs covers the choice of the seed as well.
+    so that an interval over several runs covers the choice of the seed as well, as far as a handful
+    of seeds can tell (it is a normal-range interval, not a t one).
 
     Args:
       statistic: maps the mean of each of `values`, float [n] each, to float [n].
@@ -105,12 +110,17 @@ def _bootstrap(
     """
     rng = np.random.default_rng(seed)
     num_runs, num_tasks = values[0].shape
-    means = [np.empty(num_resamples) for _ in values]
-    for draw in range(num_resamples):
-        runs = rng.integers(num_runs, size=num_runs)
-        tasks = rng.integers(num_tasks, size=num_tasks)
-        for mean, value in zip(means, values, strict=True):
-            mean[draw] = np.nanmean(value[np.ix_(runs, tasks)])
+    # How often each run and task is drawn. With few runs plain resampling understates how far runs
+    # differ, by (K − 1) / K: their deviations from one draw each are scaled up by its inverse root.
+    runs = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=num_resamples)
+    if num_runs > 1:
+        runs = 1 + (runs - 1) * np.sqrt(num_runs / (num_runs - 1))
+    tasks = rng.multinomial(num_tasks, np.full(num_tasks, 1 / num_tasks), size=num_resamples)
+    means = []
+    for value in values:
+        total = np.einsum("nk,kb,nb->n", runs, np.nan_to_num(value), tasks, optimize=True)
+        count = np.einsum("nk,kb,nb->n", runs, (~np.isnan(value)) * 1.0, tasks, optimize=True)
+        means.append(total / np.maximum(count, 1e-9))
     estimate = statistic(*(np.nanmean(value, keepdims=True)[0] for value in values))[0]
     tail = 100 * (1 - confidence) / 2
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -190,7 +189,6 @@ def make_targets(
     values: Mapping[str, np.ndarray],
     settings: ml_collections.ConfigDict,
     *,
-    discount: float,
     seed: int,
 ) -> dict[str, tuple[dict[str, np.ndarray], dict[str, Any]]]:
     """All methods' targets as indices and weights.
@@ -199,13 +197,12 @@ def make_targets(
       forest: the trees.
       values: from `search_forest`.
       settings: config.targets.
-      discount: the one that made the values.
       seed: of the random matching (`dpo`).
 
     Returns:
       Name → (arrays, counts). For `sft_all`, `sft_success`, `mcts` and `tree_awr`: `step_weights`
       float32 [E, T]. For `dpo` and `tree_dpo`: int32 [P] `chosen`, `rejected` (episodes),
-      `…_start`, `…_end` (steps), and `value_gap` float32 [P].
+      `start` and `…_end` (steps), and `value_gap` float32 [P].
     """
     num_steps = forest.tree.trajectory_node.shape[-1] - 1
     every_step = np.arange(num_steps) < forest.length[..., None]  # bool [B, R, T]
@@ -213,7 +210,7 @@ def make_targets(
         "sft_all": every_step,
         "sft_success": every_step & forest.success[..., None],
         "mcts": _best_path_weights(forest, values, settings.best_path_min_return),
-        "tree_awr": _awr_weights(forest, values, settings, discount),
+        "tree_awr": _awr_weights(forest, values, settings),
     }
     made = {}
     for name, weights in step_weights.items():
@@ -243,8 +240,11 @@ def make_targets(
         horizon={"to_end": None, "one_step": 1}[settings.continuation],
         max_extra_steps=extra,
     )
-    branched = jax.jit(jax.vmap(branch))(
-        forest.tree, jnp.asarray(values[f"{settings.pair_values}_values"])
+    # What the search never visited has no value of its own, so it is no side of a pair.
+    visited = values["node_visits"] > 0
+    candidates = visited if settings.pair_values == "mcts" else np.ones_like(visited)
+    branched = jax.jit(jax.vmap(lambda t, v, c: branch(t, v, candidates=c)))(
+        forest.tree, values[f"{settings.pair_values}_values"], candidates
     )
     made["dpo"] = _pair_arrays(forest, matched)
     made["tree_dpo"] = _pair_arrays(forest, branched)
@@ -271,14 +271,13 @@ def _awr_weights(
     forest: Forest,
     values: Mapping[str, np.ndarray],
     settings: ml_collections.ConfigDict,
-    discount: float,
 ) -> np.ndarray:
     """exp(advantage / β) on every step; steps below which nothing was ever returned are left
     out.
     """
 
     def one(tree, mean_values, max_values):
-        advantages = targets.edge_advantages(tree, mean_values, discount=discount)
+        advantages = targets.edge_advantages(tree, mean_values)
         return targets.step_weights(
             tree,
             advantages,
@@ -297,8 +296,7 @@ def _pair_arrays(forest: Forest, pairs: targets.PairSet):
     arrays = {
         "chosen": forest.episode[row, pairs.chosen_trajectory[row, column]],
         "rejected": forest.episode[row, pairs.rejected_trajectory[row, column]],
-        "chosen_start": pairs.start[row, column],
-        "rejected_start": pairs.start[row, column],
+        "start": pairs.start[row, column],
         "chosen_end": pairs.chosen_end[row, column],
         "rejected_end": pairs.rejected_end[row, column],
         "value_gap": pairs.value_gap[row, column],

@@ -4,11 +4,12 @@ out.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from w2sjax.types import Policy, Trajectory
 EPISODES = "episodes.jsonl"
 _STATES = "states"  # training states of a run that goes on; removed when it is done
 _PARAMS = "params"
+_PLAYED_BLOCK = 256  # episodes of an environment's own players per block
 
 
 def read_episodes(stage: Stage) -> list[Trajectory]:
@@ -62,7 +64,7 @@ class Jobs:
         return EnvPool(
             env.name,
             dict(env.options),
-            num_slots=max(slots, env.workers),
+            num_slots=slots,
             num_workers=env.workers,
             timeout_s=env.timeout_s,
             max_restarts=env.max_restarts,
@@ -79,15 +81,23 @@ class Jobs:
         """Writes whole episodes of the environment's expert, with as many random steps as
         wanted.
         """
-        with progress_bar(f"episodes, {policy_name}", len(requests), "episodes") as update:
+
+        def play_block(block: Sequence[PlayRequest], done: int) -> list[Trajectory]:
             episodes = play_episodes(
                 pool,
-                requests,
+                block,
                 env_name=self.config.env.name,
                 policy_name=policy_name,
-                progress=lambda done, _total: update(done, ""),
+                progress=lambda count, _: update(done + count, ""),
             )
-        _write_episodes(directory / EPISODES, episodes)
+            numbers = _rollout_numbers(requests)[done:]
+            return [
+                dataclasses.replace(episode, rollout=number)
+                for episode, number in zip(episodes, numbers, strict=False)
+            ]
+
+        with progress_bar(f"episodes, {policy_name}", len(requests), "episodes") as update:
+            episodes = _in_blocks(directory / EPISODES, requests, _PLAYED_BLOCK, play_block)
         return _episode_facts(episodes)
 
     def sample(
@@ -105,16 +115,14 @@ class Jobs:
         policy_name: str,
         seed: int,
     ) -> dict[str, Any]:
-        """Lets a model act; episodes that are on disk already are not sampled again.
+        """Lets a model act, block by block of requests.
 
-        When all are there, the file is put in the order of `requests`, so that its bytes do not
-        depend on the order in which episodes ended, or on interruptions.
+        A block is sampled whole: which episodes run side by side decides the last bits of the
+        logits, so an interrupted run repeats the block that it was cut in, and ends with the same
+        episodes as one that was not. The file is in the order of `requests`.
         """
         c = self.config
         path = directory / EPISODES
-        there = read_trajectories(path, allow_torn_tail=True) if path.exists() else []
-        done = {(t.task_id, t.rollout) for t in there}
-        missing = [r for r in requests if (r.task_id, r.rollout) not in done]
         key = (policy, temperature, top_p)
         if key not in self._samplers:
             self._samplers[key] = make_sampler(
@@ -128,31 +136,28 @@ class Jobs:
                 ),
                 num_slots=c.sampler.slots,
             )
-        facts: dict[str, Any] = {}
-        with (
-            progress_bar(title, len(requests), "episodes") as update,
-            TrajectoryWriter(path) as out,
-        ):
-            if missing:
-                stats = collect(
-                    self._samplers[key],
-                    params,
-                    template,
-                    pool,
-                    missing,
-                    env_name=c.env.name,
-                    policy_name=policy_name,
-                    seed=seed,
-                    on_done=out.write,
-                    progress=lambda count, _total, stats: update(
-                        len(done) + count, _share_text(stats)
-                    ),
-                )
-                facts = {"sampling": _sampling_facts(stats)}
-        order = {(r.task_id, r.rollout): i for i, r in enumerate(requests)}
-        episodes = sorted(read_trajectories(path), key=lambda t: order[t.task_id, t.rollout])
-        _write_episodes(path, episodes)
-        return _episode_facts(episodes) | facts
+        total = CollectStats()
+
+        def sample_block(block: Sequence[EpisodeRequest], done: int) -> list[Trajectory]:
+            episodes: list[Trajectory] = []
+            stats = collect(
+                self._samplers[key],
+                params,
+                template,
+                pool,
+                block,
+                env_name=c.env.name,
+                policy_name=policy_name,
+                seed=seed,
+                on_done=episodes.append,
+                progress=lambda count, _, stats: update(done + count, _share_text(stats)),
+            )
+            _add_stats(total, stats)
+            return episodes
+
+        with progress_bar(title, len(requests), "episodes") as update:
+            episodes = _in_blocks(path, requests, c.sampler.block, sample_block)
+        return _episode_facts(episodes) | {"sampling": _sampling_facts(total)}
 
     # -------------------------------------------------------------------------------- models
 
@@ -204,9 +209,10 @@ class Jobs:
         rows: int,
         seed: int,
         source: str,
+        too_long: int,
     ) -> dict[str, Any]:
         """Maximum likelihood on weighted sequences; writes `params` and `metrics.jsonl`."""
-        _require(sequences, title, source)
+        _require(sequences, title, source, too_long)
         loader = batches.sft_batches(
             sequences,
             rows_per_batch=self._rows(rows),
@@ -216,6 +222,7 @@ class Jobs:
         self._fit(directory, title, policy, params, losses.sft_loss, loader, steps, learning_rate)
         return {
             "sequences": len(sequences),
+            "left_out_too_long": too_long,
             "steps_per_epoch": round(loader.steps_per_epoch(), 2),
             "fill_rate": round(loader.fill_rate(), 3),
         }
@@ -231,9 +238,10 @@ class Jobs:
         steps: int,
         seed: int,
         source: str,
+        too_long: int,
     ) -> dict[str, Any]:
         """DPO against the frozen start `params`, whose log-probabilities are computed once."""
-        _require(pairs, title, source)
+        _require(pairs, title, source, too_long)
         c = self.config.train
         length = self.config.models.max_length
         scorer = train.make_sequence_scorer(
@@ -255,7 +263,11 @@ class Jobs:
         loss = self._preference_loss()
         rate = c.preference_learning_rate
         self._fit(directory, title, policy, params, loss, loader, steps, rate)
-        return {"pairs": len(pairs), "steps_per_epoch": round(loader.steps_per_epoch(), 2)}
+        return {
+            "pairs": len(pairs),
+            "left_out_too_long": too_long,
+            "steps_per_epoch": round(loader.steps_per_epoch(), 2),
+        }
 
     @functools.cache  # noqa: B019 (as above)
     def _preference_loss(self) -> losses.LossFn:
@@ -328,6 +340,8 @@ def to_sequences(
     """
     sequences, too_long = [], 0
     for index, episode in enumerate(episodes):
+        if step_weights is not None and not step_weights[index].any():
+            continue  # not chosen, or never scored (then it may have more steps than T)
         encoded = template.encode_trajectory(episode)
         if all_tokens:
             weights = np.ones(len(encoded.tokens), np.float32)
@@ -362,7 +376,7 @@ def to_pairs(
       template: turns text into tokens.
       episodes: what the indices point into.
       max_length: pairs with a longer side are left out.
-      arrays: int [P] each: `chosen`, `rejected` (episodes) and, of either, `…_start`, `…_end`
+      arrays: int [P] each: `chosen`, `rejected` (episodes), `start` and, of either, `…_end`
       (steps).
 
     Returns:
@@ -384,7 +398,7 @@ def to_pairs(
     pairs, too_long = [], 0
     for row in range(len(arrays["chosen"])):
         sides = {
-            name: side(*(int(arrays[f"{name}{part}"][row]) for part in ("", "_start", "_end")))
+            name: side(*(int(arrays[key][row]) for key in (name, "start", f"{name}_end")))
             for name in ("chosen", "rejected")
         }
         if max(map(len, sides.values())) > max_length:
@@ -394,19 +408,77 @@ def to_pairs(
     return pairs, too_long
 
 
-def _require(items: Sequence, title: str, source: str) -> None:
+def _require(items: Sequence, stage: str, source: str, too_long: int) -> None:
     if not items:
+        why = (
+            f"all {too_long} examples are longer than config.models.max_length"
+            if too_long
+            else "it has no example (its counts are in its manifest.json, under facts)"
+        )
         raise ValueError(
-            f"{title}: nothing to train on; {source} gave no example. Sample more rollouts "
-            "(config.rollouts.per_task, config.tasks.train), strengthen the weak policy "
-            "(config.weak.steps), or drop the method from config.methods."
+            f"stage {stage}: nothing to train on. It takes its examples from {source}, and {why}. "
+            "More or better weak rollouts (config.rollouts.per_task, config.tasks.train, "
+            "config.weak.steps) give more; or drop the method from config.methods."
         )
 
 
-def _write_episodes(path: Path, episodes: Sequence[Trajectory]) -> None:
-    """Writes a whole file of episodes, so that a reader sees the old or the new one, never a
-    part.
+def _episode_facts(episodes: Sequence[Trajectory]) -> dict[str, Any]:
+    """Counts that go into a stage's manifest."""
+    scored = [t for t in episodes if t.status.scored]
+    count = max(1, len(scored))
+    return {
+        "episodes": len(episodes),
+        "statuses": dict(Counter(t.status.value for t in episodes)),
+        "unscored": len(episodes) - len(scored),
+        "success": round(sum(t.success for t in scored) / count, 4),
+        "reward": round(sum(t.score for t in scored) / count, 4),
+        "mean_steps": round(sum(len(t.steps) for t in scored) / count, 2),
+        "malformed_answers": sum(step.action is None for t in scored for step in t.steps),
+    }
+
+
+def _in_blocks(path: Path, requests: Sequence, size: int, make: Callable) -> list[Trajectory]:
+    """Fills a file of episodes block by block; whole blocks that are there are kept.
+
+    Args:
+      path: the file.
+      requests: what is asked for; several of one `task_id` are its rollouts in their order.
+      size: requests per block.
+      make: (block of requests, number of episodes before it) → their episodes, in any order.
+
+    Returns:
+      All episodes, in the order of `requests`.
     """
+    numbers = _rollout_numbers(requests)
+    order = {
+        (request.task_id, number): index
+        for index, (request, number) in enumerate(zip(requests, numbers, strict=True))
+    }
+    there = read_trajectories(path, allow_torn_tail=True) if path.exists() else []
+    whole = len(there) if len(there) == len(requests) else len(there) // size * size
+    episodes = there[:whole]
+    _write_episodes(path, episodes)
+    with TrajectoryWriter(path) as out:
+        for start in range(whole, len(requests), size):
+            block = make(requests[start : start + size], start)
+            for episode in sorted(block, key=lambda t: order[t.task_id, t.rollout]):
+                out.write(episode)
+                episodes.append(episode)
+    return episodes
+
+
+def _rollout_numbers(requests: Sequence) -> list[int]:
+    """How many requests of the same task come before each one."""
+    seen: Counter[str] = Counter()
+    numbers = []
+    for request in requests:
+        numbers.append(seen[request.task_id])
+        seen[request.task_id] += 1
+    return numbers
+
+
+def _write_episodes(path: Path, episodes: Sequence[Trajectory]) -> None:
+    """Replaces a file of episodes, so that a reader sees the old or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     with TrajectoryWriter(temporary) as out:
@@ -415,8 +487,13 @@ def _write_episodes(path: Path, episodes: Sequence[Trajectory]) -> None:
     os.replace(temporary, path)
 
 
+def _add_stats(total: CollectStats, block: CollectStats) -> None:
+    for field in dataclasses.fields(CollectStats):
+        setattr(total, field.name, getattr(total, field.name) + getattr(block, field.name))
+
+
 def _sampling_facts(stats: CollectStats) -> dict[str, Any]:
-    """How the sampling went; the part of it that an interrupted run had done before is not in."""
+    """How the sampling went; blocks that an interrupted run had sampled before are not in."""
     return {
         "episodes": stats.episodes,
         "episodes_per_second": round(stats.episodes / max(stats.seconds, 1e-9), 2),
@@ -433,18 +510,3 @@ def _share_text(stats: CollectStats) -> str:
         f"{stats.sampled_tokens / seconds:.0f} tokens/s, "
         f"model {stats.model_seconds / seconds:.0%}, environment {stats.env_seconds / seconds:.0%}"
     )
-
-
-def _episode_facts(episodes: Sequence[Trajectory]) -> dict[str, Any]:
-    """Counts that go into a stage's manifest."""
-    scored = [t for t in episodes if t.status.scored]
-    count = max(1, len(scored))
-    return {
-        "episodes": len(episodes),
-        "statuses": dict(Counter(t.status.value for t in episodes)),
-        "unscored": len(episodes) - len(scored),
-        "success": round(sum(t.success for t in scored) / count, 4),
-        "reward": round(sum(t.score for t in scored) / count, 4),
-        "mean_steps": round(sum(len(t.steps) for t in scored) / count, 2),
-        "malformed_answers": sum(step.action is None for t in scored for step in t.steps),
-    }

@@ -24,6 +24,7 @@ from typing import Any
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _KEY = "key.json"
+_HASHED_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Stage:
     name: str
     directory: Path
     key: str
-    seconds: float  # wall time of the run that finished it
+    digest: str  # of what it wrote
+    seconds: float  # wall time, that of interrupted runs included
     skipped: bool  # whether it was there already
 
 
@@ -43,7 +45,7 @@ def stage_key(name: str, settings: Mapping[str, Any], inputs: Mapping[str, Stage
         "format": FORMAT,
         "name": name,
         "settings": settings,
-        "inputs": {role: stage.key for role, stage in sorted(inputs.items())},
+        "inputs": {role: [s.key, s.digest] for role, s in sorted(inputs.items())},
     }
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=12).hexdigest()
 
@@ -62,7 +64,7 @@ def read_json(path: Path) -> Any:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = getattr(error, "lineno", "?")
         raise ValueError(
-            f"{path}, line {line}: not JSON ({error}); delete the file's directory to make it anew"
+            f"{path}, line {line}: not JSON ({error}); delete its directory to make the stage anew"
         ) from error
 
 
@@ -104,7 +106,12 @@ def _finished(name: str, directory: Path, key: str) -> Stage | None:
     if manifest.exists():
         found = read_json(manifest)
         if found["key"] == key:
-            return Stage(name, directory, key, found["seconds"], skipped=True)
+            if found["digest"] != _digest(directory):
+                raise ValueError(
+                    f"{directory} was changed after it was made; delete it, and it is made anew, "
+                    "with all that depends on it"
+                )
+            return Stage(name, directory, key, found["digest"], found["seconds"], skipped=True)
         raise ValueError(
             f"{directory} was made with other settings or inputs (key {found['key']}, now {key}); "
             "delete it or start over with --start_over"
@@ -120,41 +127,69 @@ def _locked(partial: Path) -> Iterator[None]:
 
     The lock is on the open directory, so that it ends with its process and leaves no file behind.
     """
-    partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY)
-    try:
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:  # another run finished or gave up in between
+            continue
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if partial.exists() and os.path.samestat(os.fstat(descriptor), os.stat(partial)):
+            break
+        os.close(descriptor)
+    try:
         yield
     finally:
-        os.close(descriptor)
         with contextlib.suppress(OSError):  # not there any more, or it holds half a stage
             partial.rmdir()
+        os.close(descriptor)
 
 
 def _make_stage(name, directory, partial, key, settings, inputs, make) -> Stage:
     marker = partial / _KEY
-    if not marker.exists() or read_json(marker)["key"] != key:
+    earlier = 0.0
+    if marker.exists() and (found := read_json(marker))["key"] == key:
+        earlier = found["seconds"] + max(0.0, _last_written(partial) - found["started"])
+    else:
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(marker, {"key": key})
+    write_json(marker, {"key": key, "seconds": earlier, "started": time.time()})
     start = time.monotonic()
     facts = make(partial)
-    seconds = round(time.monotonic() - start, 3)
+    seconds = round(earlier + time.monotonic() - start, 3)
+    marker.unlink()
+    digest = _digest(partial)
     write_json(
         partial / _MANIFEST,
         {
             "name": name,
             "key": key,
+            "digest": digest,
             "settings": settings,
-            "inputs": {role: stage.key for role, stage in inputs.items()},
+            "inputs": {role: [stage.key, stage.digest] for role, stage in inputs.items()},
             "seconds": seconds,
             "facts": dict(facts or {}),
             "versions": versions(),
         },
     )
-    (partial / _KEY).unlink()
     os.replace(partial, directory)
-    return Stage(name, directory, key, seconds, skipped=False)
+    return Stage(name, directory, key, digest, seconds, skipped=False)
+
+
+def _digest(directory: Path) -> str:
+    """Hash of the names, sizes and contents of a stage's files (of large ones the size alone)."""
+    total = hashlib.blake2b(digest_size=12)
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != _MANIFEST):
+        size = path.stat().st_size
+        total.update(f"{path.relative_to(directory)} {size}\n".encode())
+        if size <= _HASHED_BYTES:
+            total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def _last_written(directory: Path) -> float:
+    """When anything in a directory was written last, in seconds since the epoch."""
+    return max(path.stat().st_mtime for path in directory.rglob("*"))
 
 
 def stage_facts(stage: Stage) -> dict[str, Any]:
@@ -179,21 +214,16 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], *, start_over: bool)
 
     Args:
       workdir: created where it does not exist.
-      config: the whole config as JSON values.
-      start_over: delete what another config made there.
+      config: all settings that decide results, as JSON values.
+      start_over: delete what another config made there. What this config made stays, so that the
+        same command goes on after an interruption.
 
     Raises:
-      ValueError: it belongs to another config; the message shows the difference field by field.
+      ValueError: it belongs to another config (the message shows the difference field by field), or
+        holds files that no run made.
       OSError: it cannot be written; the message names it.
     """
     record = workdir / "config.json"
-    if start_over and workdir.exists():
-        if not record.exists() and any(workdir.iterdir()):
-            raise ValueError(
-                f"--start_over would delete {workdir}, which no run of w2sjax made (it has no "
-                "config.json); choose another --workdir"
-            )
-        shutil.rmtree(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / ".writable"
@@ -203,15 +233,23 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], *, start_over: bool)
         raise OSError(
             f"--workdir {workdir} cannot be written: {error.strerror or error}; choose another one"
         ) from error
-    if record.exists():
-        differences = _differences(read_json(record), config)
-        if differences:
+    if any(workdir.iterdir()):
+        found = read_json(record) if record.exists() else {}
+        if "w2sjax" not in found:
+            raise ValueError(
+                f"--workdir {workdir} holds files that no run of w2sjax made; choose an empty one"
+            )
+        differences = _differences(found["config"], config)
+        if differences and not start_over:
             lines = "\n".join(f"  {line}" for line in differences)
             raise ValueError(
                 f"{workdir} was made by another config:\n{lines}\n"
                 "Choose another --workdir, or pass --start_over to delete what is there."
             )
-    write_json(record, config)
+        if differences:
+            shutil.rmtree(workdir)
+            workdir.mkdir()
+    write_json(record, {"w2sjax": FORMAT, "config": config})
 
 
 def _differences(old: Any, new: Any, path: str = "config") -> list[str]:

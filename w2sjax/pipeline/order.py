@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import random
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 from w2sjax import evaluate, report
 from w2sjax.chat import ChatTemplate, load_tokenizer, save_tokenizer, train_bpe
 from w2sjax.config import PREFERENCE_METHODS, SFT_METHODS, validate
-from w2sjax.envs import PlayRequest
+from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import forest as forests
 from w2sjax.pipeline.jobs import EPISODES, Jobs, read_episodes, to_pairs, to_sequences
 from w2sjax.pipeline.manifests import (
@@ -40,7 +41,11 @@ from w2sjax.pipeline.manifests import (
 from w2sjax.sampling import EpisodeRequest, read_trajectories
 from w2sjax.types import Trajectory
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError)  # what a run reports as one sentence
+# What a run reports as one sentence; the whole story goes to error.log in the workdir.
+USER_ERRORS = (ValueError, OSError, FloatingPointError, RuntimeError, ImportError)
+
+# Fields that decide how a run goes on, not what comes out: they may change between two runs.
+_HOW = ("cache_dir", "env.workers", "env.timeout_s", "env.max_restarts", "train.checkpoint_every")
 
 
 def run(
@@ -63,14 +68,44 @@ def run(
       FloatingPointError: a loss became NaN or infinite; the last good checkpoint is kept.
     """
     validate(config)
+    _check_environment(config)
     settings = json.loads(config.to_json())
+    for field in _HOW:
+        *path, last = field.split(".")
+        del functools.reduce(dict.__getitem__, path, settings)[last]
     workdir = Path(workdir).absolute()
     claim_workdir(workdir, settings, start_over=start_over)
     cache = cache_directory(config)
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    return _Run(config, settings, workdir, cache).all_stages()
+    try:
+        return _Run(config, settings, workdir, cache).all_stages()
+    except USER_ERRORS as error:
+        log = workdir / "error.log"
+        log.write_text(traceback.format_exc())
+        error.add_note(f"The whole story is in {log}")
+        raise
+
+
+def _check_environment(config: ml_collections.ConfigDict) -> None:
+    """Asks for all tasks of a run before anything is made.
+
+    Raises:
+      ValueError: unknown environment or split, an impossible option, or more tasks than there are.
+    """
+    c = config
+    env = make_env(c.env.name, **dict(c.env.options))
+    try:
+        for split, count in (
+            ("pretrain", c.pretrain.tasks),
+            ("demos", c.tasks.demonstrations),
+            ("train", c.tasks.train),
+            (c.tasks.held_out_split, c.tasks.held_out),
+        ):
+            env.task_ids(split, count)
+    finally:
+        env.close()
 
 
 def cache_directory(config: ml_collections.ConfigDict) -> Path:
@@ -141,7 +176,7 @@ class _Run:
 
         def make(directory: Path) -> dict[str, Any]:
             sequences, too_long = self._sequences(read_episodes(demonstrations))
-            return {"left_out_too_long": too_long} | self.jobs.fit_sft(
+            return self.jobs.fit_sft(
                 directory,
                 "weak policy",
                 *self._model("weak", base),
@@ -151,6 +186,7 @@ class _Run:
                 rows=c.weak.rows,
                 seed=c.seed,
                 source="the stage demonstrations",
+                too_long=too_long,
             )
 
         inputs = {"base": base, "demonstrations": demonstrations}
@@ -189,7 +225,7 @@ class _Run:
             "search", ("search",), {"trees": trees}, functools.partial(self._make_search, trees)
         )
         targets = self._stage(
-            "targets", ("seed", "targets", "search.discount"), {"trees": trees, "search": search},
+            "targets", ("seed", "targets"), {"trees": trees, "search": search},
             functools.partial(self._make_targets, trees, search),
         )  # fmt: skip
         for name in sft:
@@ -208,7 +244,7 @@ class _Run:
     def _make_transcripts(self, directory: Path) -> dict[str, Any]:
         """Unlabelled play of mixed skill, and the tokenizer trained on its text."""
         c = self.config.pretrain
-        with self.jobs.pool(slots=1) as pool:
+        with self.jobs.pool(slots=max(1, self.config.env.workers)) as pool:
             rng = random.Random(c.seed)
             requests = [
                 PlayRequest(task, rng.uniform(c.random_low, c.random_high), c.seed + copy)
@@ -230,7 +266,7 @@ class _Run:
             read_episodes(transcripts), all_tokens=c.loss_on == "all"
         )
         vocab_size = self.template.vocab_size
-        return {"left_out_too_long": too_long} | self.jobs.fit_sft(
+        return self.jobs.fit_sft(
             directory,
             f"pretraining, {which}",
             self.jobs.policy(which, vocab_size),
@@ -241,18 +277,19 @@ class _Run:
             rows=c.rows,
             seed=c.seed,
             source="the stage transcripts",
+            too_long=too_long,
         )
 
     def _make_expert_episodes(self, split: str, count: int, directory: Path) -> dict[str, Any]:
-        seed = self.config.seed
-        with self.jobs.pool(slots=1) as pool:
-            requests = [PlayRequest(task, 0.0, seed) for task in self._tasks(pool, split, count)]
+        c = self.config
+        with self.jobs.pool(slots=max(1, c.env.workers)) as pool:
+            requests = [PlayRequest(task, 0.0, c.seed) for task in pool.task_ids(split, count)]
             return self.jobs.play(directory, pool, requests, policy_name="expert")
 
     def _make_rollouts(self, weak: Stage, directory: Path) -> dict[str, Any]:
         c = self.config
         with self.jobs.pool(slots=c.sampler.slots) as pool:
-            tasks = self._tasks(pool, "train", c.tasks.train)
+            tasks = pool.task_ids("train", c.tasks.train)
             return self.jobs.sample(
                 directory,
                 "weak rollouts",
@@ -282,9 +319,7 @@ class _Run:
         c = self.config
         forest = forests.load_forest(trees.directory / "trees.npz")
         with np.load(search.directory / "values.npz") as values:
-            made = forests.make_targets(
-                forest, dict(values), c.targets, discount=c.search.discount, seed=c.seed
-            )
+            made = forests.make_targets(forest, dict(values), c.targets, seed=c.seed)
         for name, (arrays, _) in made.items():
             np.savez_compressed(directory / f"{name}.npz", **arrays)
         return {name: counts for name, (_, counts) in made.items()}
@@ -308,7 +343,7 @@ class _Run:
                 with np.load(targets.directory / f"{target}.npz") as arrays:
                     weights = arrays["step_weights"]
             sequences, too_long = self._sequences(read_episodes(episodes), step_weights=weights)
-            return {"left_out_too_long": too_long} | self.jobs.fit_sft(
+            return self.jobs.fit_sft(
                 directory,
                 f"training, {stage_name}",
                 *self._model("strong", strong),
@@ -317,7 +352,8 @@ class _Run:
                 learning_rate=c.train.learning_rate,
                 rows=c.train.rows,
                 seed=c.seed,
-                source=f"the target {target}",
+                source=f"the target {target} of stage targets" if targets else "expert_episodes",
+                too_long=too_long,
             )
 
         inputs = {"start": strong, "episodes": episodes}
@@ -336,14 +372,15 @@ class _Run:
                 pairs, too_long = to_pairs(
                     self.template, read_episodes(rollouts), c.models.max_length, dict(arrays)
                 )
-            return {"left_out_too_long": too_long} | self.jobs.fit_preference(
+            return self.jobs.fit_preference(
                 directory,
                 f"training, {name}",
                 *self._model("strong", reference),
                 pairs,
                 steps=c.train.preference_steps,
                 seed=c.seed,
-                source=f"the target {target}",
+                source=f"the target {target} of stage targets",
+                too_long=too_long,
             )
 
         inputs = {"reference": reference, "rollouts": rollouts, "targets": targets}
@@ -355,7 +392,7 @@ class _Run:
 
         def make(directory: Path) -> dict[str, Any]:
             with self.jobs.pool(slots=c.sampler.slots) as pool:
-                tasks = self._tasks(pool, c.tasks.held_out_split, c.tasks.held_out)
+                tasks = list(pool.task_ids(c.tasks.held_out_split, c.tasks.held_out))
                 write_json(directory / "tasks.json", tasks)
                 return self.jobs.sample(
                     directory,
@@ -439,7 +476,8 @@ class _Run:
         return self._stage(name, fields, inputs, make, directory=self.cache / f"{name}-{key}")
 
     def _chosen(self, fields: tuple[str, ...]) -> dict[str, Any]:
-        return {
+        runtime = {"backend": jax.default_backend(), "mesh": dict(self.jobs.mesh.shape)}
+        return {"runtime": runtime} | {
             field: functools.reduce(dict.__getitem__, field.split("."), self.settings)
             for field in fields
         }
@@ -451,7 +489,3 @@ class _Run:
 
     def _sequences(self, episodes: list[Trajectory], **options: Any):
         return to_sequences(self.template, episodes, self.config.models.max_length, **options)
-
-    @staticmethod
-    def _tasks(pool, split: str, count: int) -> list[str]:
-        return list(pool.task_ids(split, count))

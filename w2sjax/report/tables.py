@@ -13,7 +13,8 @@ _COLUMNS = (
     ("reward", "reward"),
     ("pgr", "PGR (reward)"),
     ("pgr_success", "PGR (success)"),
-    ("difference", "success against sft_success"),
+    ("difference", "against sft_success"),
+    ("difference_to_weak", "against weak"),
 )
 
 
@@ -66,7 +67,9 @@ def method_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """The rows of `evaluate.compare` as text cells, one line per method."""
     lines = []
     for name, row in rows.items():
-        cells = [interval_text(row.get(key), signed=key == "difference") for key, _ in _COLUMNS]
+        cells = [
+            interval_text(row.get(key), signed=key.startswith("difference")) for key, _ in _COLUMNS
+        ]
         lines.append([name, *cells, f"{row['mean_steps']:.1f}", str(row["unscored"])])
     return lines
 

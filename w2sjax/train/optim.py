@@ -29,7 +29,8 @@ _DIRECTIONS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "lion": optax.scale_by_lion,
     "sgd": _sgd,
 }
-_SCHEDULES = ("constant", "linear", "cosine")
+OPTIMIZERS = tuple(sorted(_DIRECTIONS))
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 def make_schedule(
@@ -59,8 +60,8 @@ def make_schedule(
     Raises:
       ValueError: on an unknown name or impossible numbers.
     """
-    if schedule not in _SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}; got {schedule!r}.")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate must be above 0; got {learning_rate}.")
     if not 0 <= warmup_steps < total_steps:
