@@ -118,8 +118,7 @@ def read_trajectories(
     if tail and not allow_torn_tail:
         raise TrajectoryFileError(
             f"{path}:{len(lines) + 1}: the last line has no newline, so its writer was cut off; "
-            f"resume "
-            "the rollouts that wrote it, delete the line, or read with allow_torn_tail=True"
+            "resume the rollouts that wrote it, delete the line, or read with allow_torn_tail=True"
         )
     return [_from_line(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
@@ -170,8 +169,7 @@ def _from_line(line: bytes, where: str) -> Trajectory:
         shown = line[:80].decode(errors="replace")
         raise TrajectoryFileError(
             f"{where}: not a JSON object ({error}): {shown!r}; restore the file, or delete the "
-            f"line so "
-            "that its episode is sampled again"
+            "line so that its episode is sampled again"
         ) from error
     return _parse(record, where)
 
@@ -208,7 +206,7 @@ def _parse(record: Any, where: str) -> Trajectory:
         raise TrajectoryFileError(
             f"{where}: field 'format': this version reads format {FORMAT}, got "
             f"{record.get('format')!r}; sample the trajectories again or use the version that "
-            f"wrote them"
+            "wrote them"
         )
     if missing := [field for field in _FIELDS if field not in record]:
         raise TrajectoryFileError(f"{where}: missing fields: {', '.join(missing)}")
@@ -272,8 +270,7 @@ def _contents(messages: list[Any], where: str) -> list[str]:
     if len(messages) < 2 or len(messages) % 2:
         raise TrajectoryFileError(
             f"{where}: field 'messages': wanted system, user, then assistant and user for each "
-            f"step, "
-            f"got {len(messages)} messages"
+            f"step, got {len(messages)} messages"
         )
     for index, message in enumerate(messages):
         role = ("system", "user", "assistant")[index if index < 2 else 2 - index % 2]
@@ -286,8 +283,7 @@ def _contents(messages: list[Any], where: str) -> list[str]:
             shown = repr(message)[:80]
             raise TrajectoryFileError(
                 f"{where}: field 'messages[{index}]': wanted a role {role!r} and a text content, "
-                f"got "
-                f"{shown}"
+                f"got {shown}"
             )
     return [message["content"] for message in messages]
 
