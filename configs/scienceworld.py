@@ -27,14 +27,25 @@ def get_config(arg: str = ""):
     c.env.options.instruction = "Solve the task in the house."  # small models need no more
     c.tasks.demonstrations = 48
     c.tasks.train = 150
-    c.tasks.held_out = 100
+    c.tasks.held_out = 80
     c.tokenizer.vocab_size = 1024
     c.models.max_length = 768
     c.pretrain.tasks = 243
-    c.pretrain.per_task = 6
+    c.pretrain.per_task = 4
     c.pretrain.random_low = 0.1
     c.pretrain.random_high = 0.8
-    c.sampler.slots = 32
+    c.pretrain.rows = 2
+    c.pretrain.weak_steps = 800
+    c.pretrain.strong_steps = 1500
+    c.weak.steps = 150
+    c.weak.rows = 1
+    c.rollouts.per_task = 6
+    c.sampler.slots = 48
+    c.sampler.block = 450
+    c.targets.best_path_min_return = 0.9  # mcts: best paths that succeed
+    c.train.steps = 300
+    c.train.preference_steps = 60
+    c.train.pairs = 4
     if arg == "smoke":
         _smoke(c)
     elif arg == "dev":
@@ -61,6 +72,7 @@ def _smoke(c) -> None:
     c.rollouts.per_task = 2
     c.search.num_simulations = 50
     c.sampler.slots = 4
+    c.sampler.block = 4
     c.train.steps = 6
     c.train.preference_steps = 2
     c.train.warmup_steps = 1
