@@ -50,7 +50,7 @@ def methods(workdir):
 def test_every_method_has_intervals_in_both_modes(finished):
     workdir, _ = finished
     table = methods(workdir)
-    assert tuple(table) == METHODS or set(table) == set(METHODS)
+    assert set(table) == set(METHODS)
     for row in table.values():
         for record in (row, row["modes"]["greedy"], row["modes"]["sampled"]):
             for metric in ("reward", "success"):
@@ -79,9 +79,17 @@ def test_rollouts_can_be_read_and_are_in_canonical_order(finished):
     workdir, _ = finished
     episodes = read_trajectories(workdir / "rollouts" / "episodes.jsonl")
     ids = [(t.task_id, t.rollout) for t in episodes]
-    assert len(set(ids)) == len(ids)
+    settings = json.loads((workdir / "config.json").read_text())["config"]
+    rollouts = settings["rollouts"]["per_task"]
+    assert len(set(ids)) == len(ids) == settings["tasks"]["train"] * rollouts
     tasks = list(dict.fromkeys(task for task, _ in ids))
-    assert [rollout for _, rollout in ids] == list(range(len(ids) // len(tasks))) * len(tasks)
+    assert [rollout for _, rollout in ids] == list(range(rollouts)) * len(tasks)
+
+
+def test_smoke_takes_at_most_a_minute(finished):
+    """60 s on two free cores is what it is made for; the bound allows for a busy machine."""
+    report = json.loads((finished[0] / "report.json").read_text())
+    assert sum(stage["seconds"] for stage in report["stages"].values()) < 150
 
 
 def test_a_second_run_skips_everything_and_reports_the_same(finished, environment):

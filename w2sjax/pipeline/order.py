@@ -421,9 +421,20 @@ class _Run:
         left_out = {}
         for stage in self.stages:
             facts = stage_facts(stage)
-            for key in ("left_out_too_long", "unscored", "malformed_answers"):
+            facts["token_limit"] = facts.get("statuses", {}).get("token_limit", 0)
+            for key in ("left_out_too_long", "unscored", "token_limit", "malformed_answers"):
                 if facts.get(key):
                     left_out[f"{stage.name}: {key.replace('_', ' ')}"] = facts[key]
+            if stage.name == "targets":
+                for target, counts in facts.items():
+                    for key in (
+                        "left_out_episodes",
+                        "below_gap",
+                        "over_node_cap",
+                        "over_max_pairs",
+                    ):
+                        if isinstance(counts, dict) and counts.get(key):
+                            left_out[f"{target}: {key.replace('_', ' ')}"] = counts[key]
         record = report.build_report(
             comparisons,
             headline=c.evaluate.headline,

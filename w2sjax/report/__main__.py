@@ -28,11 +28,18 @@ def pooled_comparisons(workdirs: list[Path]) -> tuple[str, dict[str, dict]]:
       The headline mode, and mode → method → rows as of `evaluate.compare`.
 
     Raises:
-      ValueError: the runs differ in methods or in held-out tasks.
+      ValueError: the runs differ in more than their seed, or two have the same one.
       OSError: a workdir is not a finished run.
     """
-    configs = [json.loads((workdir / "config.json").read_text()) for workdir in workdirs]
+    configs = [json.loads((workdir / "config.json").read_text())["config"] for workdir in workdirs]
     first = configs[0]
+    for workdir, config in zip(workdirs[1:], configs[1:], strict=True):
+        differing = [k for k in first if k not in ("seed", "name") and config[k] != first[k]]
+        if differing:
+            raise ValueError(f"{workdir} and {workdirs[0]} differ in config.{differing[0]}")
+    seeds = [config["seed"] for config in configs]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"each run must have a seed of its own; the seeds are {seeds}")
     tasks = None
     comparisons = {}
     for mode in first["evaluate"]["modes"]:

@@ -63,13 +63,22 @@ def interval_text(interval: Mapping[str, Any] | None, *, signed: bool = False) -
     return f"{text} [{form.format(interval['low'])}, {form.format(interval['high'])}]"
 
 
-def method_rows(rows: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """The rows of `evaluate.compare` as text cells, one line per method."""
+def method_rows(
+    rows: Mapping[str, Mapping[str, Any]], *, leave_out: Sequence[str] = ()
+) -> list[list[str]]:
+    """The rows of `evaluate.compare` as text cells, one line per method.
+
+    Args:
+      rows: method → metrics.
+      leave_out: keys of columns that are not wanted.
+
+    Returns:
+      Per method its name, an interval per column, mean steps, and how many were not scored.
+    """
+    keys = [key for key, _ in _COLUMNS if key not in leave_out]
     lines = []
     for name, row in rows.items():
-        cells = [
-            interval_text(row.get(key), signed=key.startswith("difference")) for key, _ in _COLUMNS
-        ]
+        cells = [interval_text(row.get(key), signed=key.startswith("difference")) for key in keys]
         lines.append([name, *cells, f"{row['mean_steps']:.1f}", str(row["unscored"])])
     return lines
 
@@ -107,7 +116,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
     parts += ["## Room to show anything", ""]
     parts += [f"- {key}: {value}" for key, value in report["room"].items() if key != "warnings"]
     parts += [f"- **warning**: {line}" for line in report["room"].get("warnings", ())]
-    parts += ["", "## What was left out", ""]
+    parts += ["", "## What was left out, cut off or not understood", ""]
     parts += [f"- {key}: {value}" for key, value in settings["left_out"].items()]
     parts += ["", "## Time", ""]
     rows = [
@@ -131,10 +140,12 @@ def terminal_tables(report: Mapping[str, Any]) -> list[Table]:
     tables = []
     for mode, rows in _by_mode(report).items():
         table = Table(title=f"actions {mode}", title_justify="left")
-        for i, title in enumerate(_header()):
-            table.add_column(title, justify="left" if i == 0 else "right", no_wrap=i == 0)
-        for row in method_rows(rows):
-            table.add_row(*row)
+        table.add_column("method", no_wrap=True)
+        for key, title in _COLUMNS:
+            if key != "pgr_success":
+                table.add_column(title, justify="right", min_width=14)
+        for line in method_rows(rows, leave_out=("pgr_success",)):
+            table.add_row(*line[:-2])
         tables.append(table)
     time = Table(title="seconds per stage", title_justify="left")
     time.add_column("stage")

@@ -1,0 +1,397 @@
+"""From episodes to examples, DPO's frozen start, and files of episodes that were cut off."""
+
+import dataclasses
+import json
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from w2sjax.batches import PairSequences, Sequence
+from w2sjax.chat import ChatTemplate, format_answer, train_bpe
+from w2sjax.checkpoints import load_params
+from w2sjax.config import default_config
+from w2sjax.envs import EnvPool, PlayRequest
+from w2sjax.pipeline import jobs as pipeline_jobs
+from w2sjax.pipeline.jobs import Jobs, to_pairs, to_sequences
+from w2sjax.sampling import play_episodes, read_trajectories
+from w2sjax.types import Status, Step, Trajectory
+
+END = "<|end|>"
+NO_LIMIT = 10_000
+HOUSEHOLD = {"families": ("look", "put"), "num_object_types": 4, "max_steps": 8}
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    """Experts and clumsy players, in a small household: successes, failures, both lengths."""
+    with EnvPool("household", HOUSEHOLD, num_slots=1) as pool:
+        tasks = pool.task_ids("train", 4)
+        requests = [PlayRequest(task, rate, seed=3) for task in tasks for rate in (0.0, 0.6)]
+        played = play_episodes(pool, requests, env_name="household", policy_name="player")
+    assert len({len(t.steps) for t in played}) > 1 and len({t.success for t in played}) == 2
+    return played
+
+
+@pytest.fixture(scope="module")
+def template(episodes):
+    texts = [t.first_observation for t in episodes]
+    return ChatTemplate(train_bpe(texts, vocab_size=300))
+
+
+def decode(template, tokens):
+    return template.tokenizer.decode(tokens)
+
+
+def spoken(steps):
+    return "".join(step.answer + END for step in steps)
+
+
+def broken(episode, num_steps):
+    """The episode as a crash would leave it, with as many steps as wanted."""
+    steps = (episode.steps * num_steps)[:num_steps]
+    return dataclasses.replace(
+        episode, steps=steps, status=Status.ENV_ERROR, score=0.0, error="its worker died"
+    )
+
+
+# --------------------------------------------------------------------------------- sequences
+
+
+def test_what_is_learned_is_exactly_what_the_agent_said(template, episodes):
+    sequences, too_long = to_sequences(template, episodes, NO_LIMIT)
+    assert too_long == 0 and len(sequences) == len(episodes)
+    for episode, sequence in zip(episodes, sequences, strict=True):
+        assert set(sequence.weights.tolist()) == {0.0, 1.0}
+        assert decode(template, sequence.tokens[sequence.weights > 0]) == spoken(episode.steps)
+        unlearned = decode(template, sequence.tokens[sequence.weights == 0])
+        for text in (episode.instruction, episode.first_observation):
+            assert text in unlearned
+        assert decode(template, sequence.tokens).endswith(episode.steps[-1].answer + END)
+
+
+def test_step_weights_go_to_their_turns_and_the_rest_is_cut(template, episodes):
+    """Weight t + 1 on every step t but some: each weight is then found on its answer alone."""
+    rng = np.random.default_rng(0)
+    num_steps = max(len(t.steps) for t in episodes)
+    weights = np.zeros((len(episodes), num_steps), np.float32)
+    for row, episode in zip(weights, episodes, strict=True):
+        at = np.arange(len(episode.steps))
+        row[at] = (at + 1) * (rng.random(len(at)) < 0.5)
+    weights[0] = 0
+    weights[1, :2] = [5, 0]
+    weights[1, 2:] = 0
+    sequences, too_long = to_sequences(template, episodes, NO_LIMIT, step_weights=weights)
+    used = [e for e, row in enumerate(weights) if row.any()]
+    assert too_long == 0 and len(sequences) == len(used) < len(episodes)
+    for index, sequence in zip(used, sequences, strict=True):
+        episode = episodes[index]
+        for t in np.flatnonzero(weights[index]):
+            there = sequence.weights == weights[index, t]
+            assert decode(template, sequence.tokens[there]) == episode.steps[t].answer + END
+        chosen = [episode.steps[t] for t in np.flatnonzero(weights[index])]
+        assert decode(template, sequence.tokens[sequence.weights > 0]) == spoken(chosen)
+        assert sequence.weights[-1] > 0  # nothing follows the last answer that counts
+        whole = template.encode_trajectory(episode).tokens
+        np.testing.assert_array_equal(sequence.tokens, whole[: len(sequence)])
+    assert decode(template, sequences[used.index(1)].tokens).count(END) == 1
+
+
+def test_what_was_never_scored_is_never_used(template, episodes):
+    """Not even where it is longer than any scored episode, or where all tokens count."""
+    num_steps = max(len(t.steps) for t in episodes)
+    mixed = [broken(episodes[0], num_steps + 3), *episodes, broken(episodes[1], 0)]
+    weights = np.zeros((len(mixed), num_steps), np.float32)
+    weights[1:-1] = [np.arange(num_steps) < len(t.steps) for t in episodes]
+    for options in ({"step_weights": weights}, {}, {"all_tokens": True}):
+        expected = options if "step_weights" not in options else {"step_weights": weights[1:-1]}
+        got, _ = to_sequences(template, mixed, NO_LIMIT, **options)
+        wanted, _ = to_sequences(template, episodes, NO_LIMIT, **expected)
+        assert len(got) == len(wanted) == len(episodes)
+        for one, other in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(one.tokens, other.tokens)
+            np.testing.assert_array_equal(one.weights, other.weights)
+
+
+def test_too_long_sequences_are_left_out_and_counted(template, episodes):
+    whole, _ = to_sequences(template, episodes, NO_LIMIT)
+    lengths = [len(s) for s in whole]
+    limit = sorted(lengths)[len(lengths) // 2]  # a sequence of just this length stays
+    kept, too_long = to_sequences(template, episodes, limit)
+    assert [len(s) for s in kept] == [n for n in lengths if n <= limit]
+    assert too_long == sum(n > limit for n in lengths) > 0
+    # What counts is the length after the cut.
+    first_only = np.zeros((len(episodes), max(len(t.steps) for t in episodes)), np.float32)
+    first_only[:, 0] = 1
+    cut, too_long = to_sequences(template, episodes, limit, step_weights=first_only)
+    assert len(cut) == len(episodes) and too_long == 0
+
+
+def test_all_tokens_count_but_the_first(template, episodes):
+    sequences, _ = to_sequences(template, episodes, NO_LIMIT, all_tokens=True)
+    for episode, sequence in zip(episodes, sequences, strict=True):
+        np.testing.assert_array_equal(sequence.weights, np.arange(len(sequence)) > 0)
+        np.testing.assert_array_equal(
+            sequence.tokens, template.encode_trajectory(episode).tokens
+        )
+
+
+def test_sampled_ids_are_trained_on_as_they_were_sampled(template, episodes):
+    """A model may spell an answer in other tokens than the tokenizer would."""
+    episode = episodes[0]
+    answer = episode.steps[0].answer
+    spelled = [i for c in answer for i in template.tokenizer.encode(c, add_special_tokens=False)]
+    spelled.append(template.stop_ids[0])
+    assert spelled != template.encode_answer(answer)
+    first = dataclasses.replace(episode.steps[0], answer_ids=tuple(spelled), answer_logp=-1.0)
+    sampled = dataclasses.replace(episode, steps=(first, *episode.steps[1:]))
+    weights = np.zeros((1, len(episode.steps)), np.float32)
+    weights[0, 0] = 1
+    ((sequence,), _) = to_sequences(template, [sampled], NO_LIMIT, step_weights=weights)
+    assert sequence.tokens[sequence.weights > 0].tolist() == spelled
+
+
+# ------------------------------------------------------------------------------------- pairs
+
+
+@pytest.fixture(scope="module")
+def parting(episodes):
+    """Two episodes of one task that part at step 1, the second one the longer."""
+    good = next(t for t in episodes if t.success and len(t.steps) >= 4)
+    idle = Step(format_answer("look"), "look", "A room.")
+    bad = dataclasses.replace(
+        good, rollout=1, steps=good.steps[:1] + (idle,) * len(good.steps), status=Status.FAILED
+    )
+    return [good, bad]
+
+
+def pair_arrays(rows):
+    names = ("chosen", "rejected", "start", "chosen_end", "rejected_end")
+    return {n: np.array(c, np.int32) for n, c in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+def test_pairs_are_learned_from_where_they_part_to_their_ends(template, parting):
+    rows = [(0, 1, 1, 3, 5), (0, 1, 1, 2, 2), (1, 0, 0, 2, 4)]
+    pairs, too_long = to_pairs(template, parting, NO_LIMIT, pair_arrays(rows))
+    assert too_long == 0
+    for (chosen, rejected, start, chosen_end, rejected_end), pair in zip(rows, pairs, strict=True):
+        for side, index, end in (
+            (pair.chosen, chosen, chosen_end),
+            (pair.rejected, rejected, rejected_end),
+        ):
+            learned = decode(template, side.tokens[side.weights > 0])
+            assert learned == spoken(parting[index].steps[start:end])
+            assert set(side.weights.tolist()) == {0.0, 1.0} and side.weights[-1] == 1
+        starts = [int(np.argmax(side.weights > 0)) for side in (pair.chosen, pair.rejected)]
+        assert starts[0] == starts[1]
+        context = pair.chosen.tokens[: starts[0]]
+        np.testing.assert_array_equal(context, pair.rejected.tokens[: starts[1]])
+        said = decode(template, context)
+        assert said.count(END) == start and parting[0].first_observation in said
+
+
+def test_pairs_with_a_side_too_long_are_left_out_and_counted(template, parting):
+    rows = [(0, 1, 1, 2, 4), (0, 1, 1, 3, 2), (0, 1, 1, 2, 2)]
+    whole, _ = to_pairs(template, parting, NO_LIMIT, pair_arrays(rows))
+    longest = [max(len(p.chosen), len(p.rejected)) for p in whole]
+    limit = longest[2]
+    assert longest[0] > limit < longest[1]
+    kept, too_long = to_pairs(template, parting, limit, pair_arrays(rows))
+    assert too_long == 2 and len(kept) == 1
+    np.testing.assert_array_equal(kept[0].rejected.tokens, whole[2].rejected.tokens)
+
+
+# ---------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def tiny_jobs():
+    c = default_config()
+    c.models.strong = "tiny"
+    c.models.max_length = 24
+    c.models.compute_dtype = "float32"
+    c.mesh.data = 1
+    c.train.pairs = 3
+    c.train.chosen_sft_weight = 0.0
+    c.train.preference_learning_rate = 3e-2
+    c.train.warmup_steps = 0
+    return Jobs(c)
+
+
+def some_pairs(count, vocab_size):
+    rng = np.random.default_rng(1)
+
+    def side(context, length):
+        tokens = np.concatenate([context, rng.integers(vocab_size, size=length)])
+        weights = np.arange(len(tokens)) >= len(context)
+        return Sequence(tokens.astype(np.int32), weights.astype(np.float32))
+
+    contexts = rng.integers(vocab_size, size=(count, 5))
+    return [PairSequences(chosen=side(c, 4), rejected=side(c, 7)) for c in contexts]
+
+
+def test_dpo_starts_at_log_2_and_leaves_its_reference_alone(tiny_jobs, tmp_path):
+    vocab_size, steps = 32, 4
+    params = tiny_jobs.init("strong", vocab_size, seed=0)
+    before = jax.tree.map(np.array, params)
+    facts = tiny_jobs.fit_preference(
+        tmp_path,
+        "training, dpo",
+        tiny_jobs.policy("strong", vocab_size),
+        params,
+        some_pairs(3, vocab_size),
+        steps=steps,
+        seed=0,
+        source="the target dpo",
+        too_long=2,
+    )
+    assert (facts["pairs"], facts["left_out_too_long"]) == (3, 2)
+    log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == list(range(1, steps + 1))
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert log[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert log[-1]["loss"] < log[0]["loss"] and log[-1]["rewards/margins"] > 0
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    trained = load_params(tmp_path / "params", jax.eval_shape(lambda: params))
+    changed = jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), trained, before))
+    assert any(changed)
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "params"}
+
+
+@pytest.mark.parametrize(("too_long", "says"), [(0, "no example"), (7, "all 7 examples")])
+def test_a_stage_without_examples_names_itself_and_its_source(
+    tiny_jobs, tmp_path, too_long, says
+):
+    policy = tiny_jobs.policy("strong", 32)
+    common = dict(seed=0, source="the target tree_dpo", too_long=too_long)
+    with pytest.raises(ValueError) as preference:
+        tiny_jobs.fit_preference(tmp_path, "training, x", policy, None, [], steps=2, **common)
+    with pytest.raises(ValueError) as sft:
+        tiny_jobs.fit_sft(
+            tmp_path, "training, x", policy, None, [], steps=2, learning_rate=1e-3, rows=1, **common
+        )
+    for caught in (preference, sft):
+        for text in ("stage training, x", "the target tree_dpo", says):
+            assert text in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------ blocks
+
+
+class Asked(NamedTuple):
+    """A request."""
+
+    task_id: str
+
+
+TASKS = ("a", "a", "b", "a", "b", "c", "a", "c")
+NUMBERS = (0, 1, 0, 2, 1, 0, 3, 1)  # how many times the task came before
+BLOCK = 3
+
+
+class Maker:
+    """Makes episodes that say in which call they were made, the last one first."""
+
+    def __init__(self, fail_at=None):
+        self.starts = []
+        self.fail_at = fail_at
+
+    def __call__(self, block, done):
+        if done == self.fail_at:
+            raise ConnectionError("cut off")
+        self.starts.append(done)
+        assert [r.task_id for r in block] == list(TASKS[done : done + BLOCK])
+        made = [
+            Trajectory(
+                task_id=request.task_id,
+                rollout=number,
+                env="e",
+                policy="p",
+                seed=done,
+                instruction="",
+                first_observation=f"{request.task_id}, {number}",
+                steps=(Step("Action: x", "x", "seen"),),
+                status=Status.FAILED,
+                score=0.0,
+            )
+            for request, number in zip(block, NUMBERS[done : done + BLOCK], strict=True)
+        ]
+        return made[::-1]
+
+
+def in_blocks(path, make):
+    return pipeline_jobs._in_blocks(path, [Asked(task) for task in TASKS], BLOCK, make)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / "episodes.jsonl"
+    make = Maker()
+    episodes = in_blocks(path, make)
+    assert make.starts == [0, 3, 6]
+    assert [(t.task_id, t.rollout) for t in episodes] == list(zip(TASKS, NUMBERS, strict=True))
+    assert read_trajectories(path) == episodes
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("lines", range(len(TASKS) + 1))
+def test_whole_blocks_stay_and_a_partial_one_is_repeated(uninterrupted, tmp_path, lines, torn):
+    path = tmp_path / "episodes.jsonl"
+    written = uninterrupted.splitlines(keepends=True)
+    rest = written[lines][:40] if torn and lines < len(TASKS) else b""
+    path.write_bytes(b"".join(written[:lines]) + rest)
+    make = Maker()
+    episodes = in_blocks(path, make)
+    done = lines == len(TASKS)
+    assert make.starts == ([] if done else list(range(lines // BLOCK * BLOCK, len(TASKS), BLOCK)))
+    assert path.read_bytes() == uninterrupted
+    assert read_trajectories(path) == episodes
+    assert [p.name for p in tmp_path.iterdir()] == ["episodes.jsonl"]
+
+
+def test_a_block_that_breaks_costs_only_itself(uninterrupted, tmp_path):
+    path = tmp_path / "episodes.jsonl"
+    with pytest.raises(ConnectionError):
+        in_blocks(path, Maker(fail_at=3))
+    assert len(read_trajectories(path)) == BLOCK
+    make = Maker()
+    in_blocks(path, make)
+    assert make.starts == [3, 6] and path.read_bytes() == uninterrupted
+
+
+def test_played_rollouts_are_numbered_across_blocks(tmp_path, monkeypatch):
+    """Copies of a task in several blocks, whole and cut off, give the file of one large block."""
+    c = default_config()
+    c.env.options.update(HOUSEHOLD)
+    c.mesh.data = 1
+    jobs = Jobs(c)
+
+    def play(name, block, written=None):
+        monkeypatch.setattr(pipeline_jobs, "_PLAYED_BLOCK", block)
+        directory = tmp_path / name
+        directory.mkdir()
+        if written is not None:
+            (directory / "episodes.jsonl").write_bytes(written)
+        with jobs.pool(slots=1) as pool:
+            x, y, z = pool.task_ids("train", 3)
+            requests = [
+                PlayRequest(task, 0.3, seed=seed)
+                for seed, task in enumerate([x, x, x, y, z, y, x, z])
+            ]
+            facts = jobs.play(directory, pool, requests, policy_name="player")
+        assert (facts["episodes"], facts["unscored"]) == (8, 0)
+        return directory / "episodes.jsonl", requests
+
+    path, requests = play("one_block", 256)
+    whole = path.read_bytes()
+    episodes = read_trajectories(path)
+    assert [t.task_id for t in episodes] == [r.task_id for r in requests]
+    assert [t.seed for t in episodes] == list(range(8))
+    assert [t.rollout for t in episodes] == [0, 1, 2, 0, 0, 1, 3, 1]
+    assert play("blocks", 2)[0].read_bytes() == whole
+    cut = b"".join(whole.splitlines(keepends=True)[:5]) + b'{"format": 1, "task'
+    assert play("cut", 2, cut)[0].read_bytes() == whole
