@@ -53,7 +53,7 @@ def stage_key(name: str, settings: Mapping[str, Any], inputs: Mapping[str, Stage
 def write_json(path: Path, record: Any) -> None:
     """Writes a JSON file so that a reader sees the old or the new one, never a part."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(temporary, path)
 
 

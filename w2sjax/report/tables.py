@@ -52,25 +52,29 @@ def build_report(
     }
 
 
-def interval_text(interval: Mapping[str, Any] | None, *, signed: bool = False) -> str:
-    """`.412 [.360, .465]`, or a dash where it is undefined."""
+def interval_text(
+    interval: Mapping[str, Any] | None, *, signed: bool = False, digits: int = 3
+) -> str:
+    """`0.412 [0.360, 0.465]`, or a dash where it is undefined."""
     if interval is None or interval["mean"] is None:
         return "–"
-    form = "{:+.3f}" if signed else "{:.3f}"
+    form = f"{{:{'+' if signed else ''}.{digits}f}}"
     text = form.format(interval["mean"])
     if interval["low"] is None:
         return text
-    return f"{text} [{form.format(interval['low'])}, {form.format(interval['high'])}]"
+    low, high = form.format(interval["low"]), form.format(interval["high"])
+    return f"{text} [{low},{'' if digits < 3 else ' '}{high}]"  # short ones must not break in two
 
 
 def method_rows(
-    rows: Mapping[str, Mapping[str, Any]], *, leave_out: Sequence[str] = ()
+    rows: Mapping[str, Mapping[str, Any]], *, leave_out: Sequence[str] = (), digits: int = 3
 ) -> list[list[str]]:
     """The rows of `evaluate.compare` as text cells, one line per method.
 
     Args:
       rows: method → metrics.
       leave_out: keys of columns that are not wanted.
+      digits: after the decimal point.
 
     Returns:
       Per method its name, an interval per column, mean steps, and how many were not scored.
@@ -78,7 +82,10 @@ def method_rows(
     keys = [key for key, _ in _COLUMNS if key not in leave_out]
     lines = []
     for name, row in rows.items():
-        cells = [interval_text(row.get(key), signed=key.startswith("difference")) for key in keys]
+        cells = [
+            interval_text(row.get(key), signed=key.startswith("difference"), digits=digits)
+            for key in keys
+        ]
         lines.append([name, *cells, f"{row['mean_steps']:.1f}", str(row["unscored"])])
     return lines
 
@@ -144,7 +151,7 @@ def terminal_tables(report: Mapping[str, Any]) -> list[Table]:
         for key, title in _COLUMNS:
             if key != "pgr_success":
                 table.add_column(title, justify="right", min_width=14)
-        for line in method_rows(rows, leave_out=("pgr_success",)):
+        for line in method_rows(rows, leave_out=("pgr_success",), digits=2):
             table.add_row(*line[:-2])
         tables.append(table)
     time = Table(title="seconds per stage", title_justify="left")
