@@ -81,9 +81,10 @@ def make_plan(
     Raises:
       RuntimeError: not even the gold path wins.
     """
-    for candidate in _candidates(simulator, task, variation, simplification, teleport):
+    candidates = _candidates(simulator, task, variation, simplification, teleport)
+    for candidate, strict in candidates:
         simulator.load(task, variation, simplification)
-        plan = _play(simulator, candidate)
+        plan = _play(simulator, candidate, strict)
         if plan is not None:
             return plan
     raise RuntimeError(
@@ -91,14 +92,14 @@ def make_plan(
     )
 
 
-def _play(simulator: Simulator, actions: list[str]) -> tuple[PlanStep, ...] | None:
-    """Plays actions from the start; the steps up to the win, or None."""
+def _play(simulator: Simulator, actions: list[str], strict: bool) -> tuple[PlanStep, ...] | None:
+    """Plays actions from the start; the steps up to the win, or None. Strict: without slips."""
     steps = []
     location = location_in(simulator.look())
     for action in actions:
         steps.append(PlanStep(action, location))
         text, score, completed = simulator.step(action)
-        if score < 0 or text.startswith(("No known action", "Unknown action", "Ambiguous")):
+        if score < 0 or (strict and text.startswith(("No known action", "Unknown action"))):
             return None
         if completed:
             return tuple(steps) if score > 0.995 else None
@@ -109,10 +110,11 @@ def _play(simulator: Simulator, actions: list[str]) -> tuple[PlanStep, ...] | No
 
 def _candidates(
     simulator: Simulator, task: str, variation: int, simplification: str, teleport: bool
-) -> Iterator[list[str]]:
-    """Action sequences to try, best first, the gold path last."""
+) -> Iterator[tuple[list[str], bool]]:
+    """Action sequences to try, best first, and whether they must go without slips."""
     if teleport and task.startswith("find-"):
-        yield from _find_candidates(simulator, task, variation, simplification)
+        for found in _find_candidates(simulator, task, variation, simplification):
+            yield found, True
     gold = simulator.gold_actions(task, variation, simplification)
     if teleport:
         short = _without_walking(gold)
@@ -123,9 +125,9 @@ def _candidates(
                 simulator.step(action)
                 looks.append(simulator.look())
         seen = [item for look in looks for item in items_in(look)]
-        yield [_as_seen(action, seen) for action in short]
-        yield short
-    yield gold
+        yield [_as_seen(action, seen) for action in short], True
+        yield short, True
+    yield gold, False
 
 
 def _find_candidates(
@@ -202,8 +204,11 @@ class PlanPlayer:
 
     def _choose(self, location: str) -> str:
         if self._ambiguous_after:
-            # One's own words were meant for the first choice; any other word cancels.
-            return "0" if self._ambiguous_after == self._suggested else _LOOK
+            # One's own words were meant for the plan's choice, or the first; other words cancel.
+            if self._ambiguous_after != self._suggested:
+                return _LOOK
+            planned = self._plan[self._next].action if self._next < len(self._plan) else ""
+            return planned if planned.isdigit() else "0"
         if self._next >= len(self._plan):
             self._refocus = ""
             self._next = 0  # played to its end without a win: something was moved away; begin again
@@ -237,10 +242,7 @@ class PlanPlayer:
           observation: what the environment said.
           gained: whether the score rose.
         """
-        ambiguous = observation.startswith("Ambiguous request")
-        self._ambiguous_after = action if ambiguous else ""
-        if ambiguous:
-            return
+        self._ambiguous_after = action if observation.startswith("Ambiguous request") else ""
         if action == self._refocus:
             self._refocus = ""
         elif self._next < len(self._plan) and action == self._plan[self._next].action:
