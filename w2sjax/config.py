@@ -39,7 +39,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.env.options = ml_collections.ConfigDict()  # keyword arguments of the environment's class
     c.env.workers = 0  # worker processes; 0 runs the environment in this process
     c.env.timeout_s = 60.0  # seconds before a silent worker is restarted
-    c.env.max_restarts = 20  # worker restarts per stage before the run gives up
+    c.env.max_restarts = 20  # worker restarts before the run gives up
 
     c.tasks = ml_collections.ConfigDict()  # how many tasks of each split
     c.tasks.demonstrations = 100  # expert episodes that teach the weak policy

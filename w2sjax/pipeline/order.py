@@ -10,6 +10,7 @@ skip. Inside a stage, rollouts go on by episode and training by step.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -80,7 +81,8 @@ def run(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     try:
-        return _Run(config, settings, workdir, cache).all_stages()
+        with contextlib.closing(Jobs(config)) as jobs:
+            return _Run(config, settings, workdir, cache, jobs).all_stages()
     except USER_ERRORS as error:
         log = workdir / "error.log"
         log.write_text(traceback.format_exc())
@@ -122,13 +124,13 @@ def cache_directory(config: ml_collections.ConfigDict) -> Path:
 class _Run:
     """One run of the main job: settings, places, and the stages done so far."""
 
-    def __init__(self, config, settings: dict[str, Any], workdir: Path, cache: Path):
+    def __init__(self, config, settings: dict[str, Any], workdir: Path, cache: Path, jobs: Jobs):
         self.config = config
         self.settings = settings  # the config as JSON values
         self.workdir = workdir
         self.cache = cache
         self.stages: list[Stage] = []
-        self.jobs = Jobs(config)
+        self.jobs = jobs
         self.room: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------ the order
