@@ -4,12 +4,13 @@ out.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,22 +54,36 @@ class Jobs:
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
         self.mesh = parallel.make_mesh(**self.config.mesh)
+        self._pools: dict[int, EnvPool] = {}
         self._samplers: dict[tuple, Sampler] = {}
         self._train_steps: dict[tuple, train.TrainStep] = {}
 
     # ----------------------------------------------------------------------------- episodes
 
-    def pool(self, *, slots: int) -> EnvPool:
-        """The environments of one stage."""
-        env = self.config.env
-        return EnvPool(
-            env.name,
-            dict(env.options),
-            num_slots=slots,
-            num_workers=env.workers,
-            timeout_s=env.timeout_s,
-            max_restarts=env.max_restarts,
-        )
+    @contextlib.contextmanager
+    def pool(self, *, slots: int) -> Iterator[EnvPool]:
+        """The environments of one stage. They stay open for the stages after it, since starting
+        some (a JVM each, cold) takes longer than a stage; what breaks in a stage closes them."""
+        if slots not in self._pools:
+            env = self.config.env
+            self._pools[slots] = EnvPool(
+                env.name,
+                dict(env.options),
+                num_slots=slots,
+                num_workers=env.workers,
+                timeout_s=env.timeout_s,
+                max_restarts=env.max_restarts,
+            )
+        try:
+            yield self._pools[slots]
+        except BaseException:
+            self._pools.pop(slots).close()
+            raise
+
+    def close(self) -> None:
+        """Ends the environments' processes."""
+        while self._pools:
+            self._pools.popitem()[1].close()
 
     def play(
         self,
@@ -329,7 +344,7 @@ def to_sequences(
 
     Args:
       template: turns text into tokens.
-      episodes: E of them.
+      episodes: E of them; those that broke (env_error, policy_error) are no sequences.
       max_length: longer sequences are left out.
       step_weights: float32 [E, T], what each answer's tokens count; all 1 where None. What follows
         the last answer that counts is cut off; an episode without any is not a sequence.
@@ -340,8 +355,10 @@ def to_sequences(
     """
     sequences, too_long = [], 0
     for index, episode in enumerate(episodes):
+        if not episode.status.scored:
+            continue  # it broke; it may be empty, or have more steps than T
         if step_weights is not None and not step_weights[index].any():
-            continue  # not chosen, or never scored (then it may have more steps than T)
+            continue  # not chosen
         encoded = template.encode_trajectory(episode)
         if all_tokens:
             weights = np.ones(len(encoded.tokens), np.float32)
