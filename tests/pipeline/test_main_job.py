@@ -148,9 +148,9 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_numbers(
 
 def test_a_workdir_of_another_config_is_refused_with_the_difference(finished, environment):
     workdir, _ = finished
-    result = launch(environment, workdir, "--config.train.steps=13")
+    result = launch(environment, workdir, "--config.train.steps=43")
     assert result.returncode != 0
-    assert "config.train.steps: was" in result.stderr and "now 13" in result.stderr
+    assert "config.train.steps: was" in result.stderr and "now 43" in result.stderr
     assert "--start_over" in result.stderr and "Traceback" not in result.stderr
     assert (workdir / "report.json").exists()
 
