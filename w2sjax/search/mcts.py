@@ -16,7 +16,7 @@ from w2sjax.types import TrajectoryTree
 
 FORMS = ("auto", "parallel", "sequential")
 
-# The parallel form records every visit. Trees are searched in chunks whose record stays below this.
+# The parallel form records every visit. Trees are searched in chunks whose record stays near this.
 _MAX_RECORD_BYTES = 2**27
 
 
@@ -99,31 +99,40 @@ def run_mcts(
 
 
 def _slot_visits(inputs, *, num_simulations, exploration_weight, discount, form):
-    """Visits of every choice, int32 [B, S], by the form and the width that fit."""
+    """Visits of every choice, int32 [B, S], by the form and the sizes that fit."""
     table, _ = inputs
     num_trees, num_branchings = table.node.shape
-    itemsize = table.slot_value.dtype.itemsize
+    most = num_branchings + 1  # no branching has more choices than there are trajectories
+    # Few wide branchings of few choices are the rule: the program holds a version for that, one
+    # for any number of up to 64 choices, and one for whatever there may be.
+    limit = most // 2  # branchings of three choices or more
+    usual = parallel.Shape(width=min(8, most), per_tree=min(limit, max(3, limit // 4)))
+    general = parallel.Shape(width=min(64, most), per_tree=limit)
+    shapes = list(dict.fromkeys([usual, general, parallel.Shape(width=most, per_tree=limit)]))
     options = dict(
         num_simulations=num_simulations,
         exploration_weight=exploration_weight,
         discount=discount,
     )
-    # Few choices are the rule, R the limit: the program holds a version for each of 8, 64, … R.
-    widths = [min(8, num_branchings + 1)]
-    while widths[-1] < num_branchings + 1:
-        widths.append(min(8 * widths[-1], num_branchings + 1))
 
-    def run(width, inputs):
-        size = parallel.bytes_per_tree(table, num_simulations, width, itemsize)
-        chunk = min(_MAX_RECORD_BYTES // size, num_trees)
-        if form == "sequential" or (form == "auto" and chunk < 1):
-            return sequential.slot_visits(*inputs, width=width, **options)
-        search = functools.partial(parallel.slot_visits, width=width, **options)
-        return _in_chunks(lambda x: search(*x), inputs, max(chunk, 1))
+    def search(shape, inputs):
+        size = parallel.bytes_per_tree(table, num_simulations, shape) * inputs[0].node.shape[0]
+        if form == "sequential" or (form == "auto" and size > 8 * _MAX_RECORD_BYTES):
+            return sequential.slot_visits(*inputs, width=shape.width, **options)
+        return parallel.slot_visits(*inputs, shape=shape, **options)
 
-    most = jnp.max(table.num_slots)
-    branch = jnp.searchsorted(jnp.asarray(widths), most)
-    return jax.lax.switch(branch, [functools.partial(run, width) for width in widths], inputs)
+    def run(inputs):
+        num_slots = inputs[0].num_slots
+        widest, wide = jnp.max(num_slots), jnp.sum(num_slots > 2)
+        fits = jnp.array([s.width for s in shapes]) >= widest
+        fits &= jnp.array([s.per_tree for s in shapes]) * num_slots.shape[0] >= wide
+        branches = [functools.partial(search, shape) for shape in shapes]
+        return jax.lax.switch(jnp.argmax(fits), branches, inputs)
+
+    if form == "sequential":
+        return run(inputs)
+    chunk = _MAX_RECORD_BYTES // parallel.bytes_per_tree(table, num_simulations, usual)
+    return _in_chunks(run, inputs, min(max(chunk, 1), num_trees))
 
 
 def _in_chunks(function, inputs, chunk):
