@@ -127,7 +127,13 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_numbers(
     waits += [("evaluate/mcts.greedy.partial", signal.SIGKILL)]
     for marker, how in waits:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            # Started in the background, this test would hand an ignored Ctrl-C down.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 300
         while not (workdir / marker).exists():
