@@ -133,9 +133,7 @@ def test_all_tokens_count_but_the_first(template, episodes):
     sequences, _ = to_sequences(template, episodes, NO_LIMIT, all_tokens=True)
     for episode, sequence in zip(episodes, sequences, strict=True):
         np.testing.assert_array_equal(sequence.weights, np.arange(len(sequence)) > 0)
-        np.testing.assert_array_equal(
-            sequence.tokens, template.encode_trajectory(episode).tokens
-        )
+        np.testing.assert_array_equal(sequence.tokens, template.encode_trajectory(episode).tokens)
 
 
 def test_sampled_ids_are_trained_on_as_they_were_sampled(template, episodes):
@@ -261,9 +259,7 @@ def test_dpo_starts_at_log_2_and_leaves_its_reference_alone(tiny_jobs, tmp_path)
 
 
 @pytest.mark.parametrize(("too_long", "says"), [(0, "no example"), (7, "all 7 examples")])
-def test_a_stage_without_examples_names_itself_and_its_source(
-    tiny_jobs, tmp_path, too_long, says
-):
+def test_a_stage_without_examples_names_itself_and_its_source(tiny_jobs, tmp_path, too_long, says):
     policy = tiny_jobs.policy("strong", 32)
     common = dict(seed=0, source="the target tree_dpo", too_long=too_long)
     with pytest.raises(ValueError) as preference:
