@@ -18,6 +18,8 @@ FORMS = ("auto", "parallel", "sequential")
 
 # The parallel form records every visit. Trees are searched in chunks whose record stays near this.
 _MAX_RECORD_BYTES = 2**27
+# One tree's record beyond which the sequential form is faster: its steps do not touch a record.
+_MAX_TREE_RECORD_BYTES = 2**22
 
 
 @chex.dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _slot_visits(inputs, *, num_simulations, exploration_weight, discount, form)
 
     def search(shape, inputs):
         size = parallel.bytes_per_tree(table, num_simulations, shape) * inputs[0].node.shape[0]
-        if form == "sequential" or (form == "auto" and size > 8 * _MAX_RECORD_BYTES):
+        if form == "sequential" or (form == "auto" and size > _MAX_TREE_RECORD_BYTES):
             return sequential.slot_visits(*inputs, width=shape.width, **options)
         return parallel.slot_visits(*inputs, shape=shape, **options)
 

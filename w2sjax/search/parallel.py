@@ -107,10 +107,9 @@ def slot_visits(
     wide_columns = jnp.nonzero(wide, size=num_wide, fill_value=0)[0]
     length = columns + num_wide  # of a row of the record of returns
 
-    # The record of returns: a branching's own lie side by side, in the order in which they are
-    # read.
-    returns = jnp.zeros((length, rows), dtype)
-    base = jnp.where(child >= 0, place[child] * rows + flat_height[child], -1)
+    # The record of returns: what the visits of step t returned is its row t + 1. The n-th visit of
+    # a branching is at `base` + n·length of the flat record.
+    base = jnp.where(child >= 0, (flat_height[child] + 1) * length + place[child], -1)
     discounted = not (isinstance(discount, float | int) and discount == 1)
     tables = {
         "base": base,
@@ -138,7 +137,7 @@ def slot_visits(
         width = table["base"].shape[0]
         at = _of_pick(play.pick, table["base"])
         n = _of_pick(play.pick, play.count).astype(jnp.int32)
-        value = returns.reshape(-1)[jnp.where(at < 0, 0, at + n)]
+        value = returns.reshape(-1)[jnp.where(at < 0, 0, at + n * length)]
         value = jnp.where(at < 0, _of_pick(play.pick, table["end_value"]), value)
         if discounted:
             value = value * _of_pick(play.pick, table["factor"])
@@ -164,12 +163,12 @@ def slot_visits(
         return value, _Play(pick=pick, count=count, total=total, carry=carry, record=record)
 
     def advance(state):
-        step, returns, plays = state
+        step, row, returns, plays = state
+        # Written a step late, before all reads: so the record never needs a copy.
+        returns = jax.lax.dynamic_update_index_in_dim(returns, row, step, axis=0)
         done = [visit(step, returns, *pair) for pair in zip(tables, plays, strict=True)]
-        # One write, after all reads: then the record stays in place.
         row = jnp.concatenate([value for value, _ in done])
-        returns = jax.lax.dynamic_update_index_in_dim(returns, row, step, axis=1)
-        return step + 1, returns, tuple(play for _, play in done)
+        return step + 1, row, returns, tuple(play for _, play in done)
 
     def first(table):
         zeros = jnp.zeros(table["base"].shape, dtype)
@@ -181,8 +180,9 @@ def slot_visits(
             record=jnp.zeros((rows, *zeros.shape), count_dtype),
         )
 
-    start = (jnp.int32(0), returns, tuple(map(first, tables)))
-    _, _, plays = jax.lax.while_loop(lambda state: state[0] < last_step, advance, start)
+    returns = jnp.zeros((rows, length), dtype)
+    start = (jnp.int32(0), returns[0], returns, tuple(map(first, tables)))
+    *_, plays = jax.lax.while_loop(lambda state: state[0] < last_step, advance, start)
 
     # Down from the root: how often was each branching really visited?
     visits = jnp.zeros((columns,), jnp.int32)
