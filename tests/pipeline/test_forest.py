@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -100,6 +101,15 @@ def settings(**changes):
     c.max_pairs_per_node = 8
     c.update(changes)
     return ml_collections.FrozenConfigDict(c)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """These tests run each program once, so nearly all of their time is compiling."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

@@ -206,6 +206,9 @@ def test_pairs_with_a_side_too_long_are_left_out_and_counted(template, parting):
 
 @pytest.fixture(scope="module")
 def tiny_jobs():
+    """A tiny model; its programs run a few times only, so they are compiled in haste."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
     c = default_config()
     c.models.strong = "tiny"
     c.models.max_length = 24
@@ -215,7 +218,8 @@ def tiny_jobs():
     c.train.chosen_sft_weight = 0.0
     c.train.preference_learning_rate = 3e-2
     c.train.warmup_steps = 0
-    return Jobs(c)
+    yield Jobs(c)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def some_pairs(count, vocab_size):
