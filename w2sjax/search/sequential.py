@@ -53,7 +53,7 @@ def slot_visits(
                 score = uct(sums[slot], n.astype(dtype), total, exploration_weight)
             else:
                 score = puct(sums[slot], n.astype(dtype), total, exploration_weight, prior[slot])
-            pick = jnp.argmax(jnp.where(valid, score, -jnp.inf), axis=0)
+            pick = jnp.argmax(jnp.where(valid, score, -jnp.inf), axis=0).astype(jnp.int32)
             taken = jnp.minimum(first[at] + pick, num_slots - 1) * num_trees + tree
             path = path.at[depth].set(jnp.where(node >= 0, taken, flat))
             return depth + 1, jnp.where(node >= 0, child[taken], -1), path
