@@ -23,6 +23,47 @@ def test_schedules_warm_up_and_come_down():
         assert values[7] == pytest.approx(middle, rel=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ("linear", "cosine"))
+def test_schedules_are_those_of_optax(schedule):
+    rate = make_schedule(
+        schedule, learning_rate=3e-3, total_steps=50, warmup_steps=10, final_fraction=0.2
+    )
+    down = (
+        optax.linear_schedule(3e-3, 6e-4, 40)
+        if schedule == "linear"
+        else optax.cosine_decay_schedule(3e-3, 40, alpha=0.2)
+    )
+    theirs = optax.join_schedules([optax.linear_schedule(3e-3 / 11, 3e-3, 10), down], [10])
+    for step in range(55):
+        np.testing.assert_allclose(rate(step), theirs(step), rtol=2e-5)
+
+
+def test_numbers_of_a_schedule_are_data_of_the_state():
+    """Trainings of other lengths and rates run the same compiled update."""
+    params = {"kernel": np.ones((2, 2), np.float32)}
+    traces = 0
+
+    def run(tx, rate, steps):
+        state, seen = tx.init(params), []
+        for _ in range(steps):
+            updates, state = update(params, state, params)
+            seen.append(float(-updates["kernel"][0, 0]))
+        wanted = make_schedule("cosine", learning_rate=rate, total_steps=steps, warmup_steps=1)
+        np.testing.assert_allclose(seen, [wanted(step) for step in range(steps)], rtol=1e-6)
+
+    first = make_optimizer("sgd", learning_rate=0.5, total_steps=4, warmup_steps=1)
+
+    @jax.jit
+    def update(grads, state, params):
+        nonlocal traces
+        traces += 1
+        return first.update(grads, state, params)
+
+    run(first, 0.5, 4)
+    run(make_optimizer("sgd", learning_rate=0.1, total_steps=9, warmup_steps=1), 0.1, 9)
+    assert traces == 1
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_optimizer_comes_down_a_hill(name):
     tx = make_optimizer(name, learning_rate=0.1, total_steps=40, clip_norm=5.0)

@@ -153,7 +153,7 @@ def _mesh_program():
         losses.append(metrics)
         kernel = state.params["embed"]["table"]
         print("shards", len({str(shard.index) for shard in kernel.addressable_shards}))
-        moment = state.opt_state.inner_state[1].mu["embed"]["table"]
+        moment = state.opt_state[1].mu["embed"]["table"]
         print("moments like parameters", moment.sharding == kernel.sharding)
     print("equal", np.allclose(losses[0], losses[1], rtol=1e-5))
 

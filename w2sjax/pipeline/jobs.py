@@ -300,20 +300,21 @@ class Jobs:
         self, directory, title, policy, params, loss, loader, steps: int, learning_rate: float
     ) -> None:
         c = self.config.train
-        key = (policy, loss, steps, learning_rate)
+        tx = train.make_optimizer(
+            c.optimizer,
+            learning_rate=learning_rate,
+            total_steps=steps,
+            warmup_steps=min(c.warmup_steps, steps - 1),
+            schedule=c.schedule,
+            weight_decay=c.weight_decay,
+            clip_norm=c.clip_norm,
+        )
+        # Lengths and rates of trainings are data of their states, so one program serves them all.
+        key = (policy, loss)
         if key not in self._train_steps:
-            tx = train.make_optimizer(
-                c.optimizer,
-                learning_rate=learning_rate,
-                total_steps=steps,
-                warmup_steps=min(c.warmup_steps, steps - 1),
-                schedule=c.schedule,
-                weight_decay=c.weight_decay,
-                clip_norm=c.clip_norm,
-            )
             step = train.make_train_step(policy.apply_fn, loss, tx, mesh=self.mesh)
-            self._train_steps[key] = (tx, step)
-        tx, train_step = self._train_steps[key]
+            self._train_steps[key] = step
+        train_step = self._train_steps[key]
         shardings = parallel.param_shardings(params, models.PARTITION_RULES, self.mesh)
         state = train.init_state(params, tx, mesh=self.mesh, param_shardings=shardings)
         with progress_bar(title, steps, "steps") as update:

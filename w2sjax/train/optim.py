@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -70,17 +71,60 @@ def make_schedule(
         )
     if not 0 <= final_fraction <= 1:
         raise ValueError(f"final_fraction must be in [0, 1]; got {final_fraction}.")
-    decay_steps = total_steps - warmup_steps
+    return lambda count: _rate(
+        schedule, final_fraction, count, learning_rate, total_steps, warmup_steps
+    )
+
+
+def _rate(schedule, final_fraction, count, peak, total_steps, warmup_steps) -> chex.Array:
+    """The schedule; all numbers but `final_fraction` may be traced."""
+    count = jnp.asarray(count, jnp.float32)
+    warming = (count + 1) / (warmup_steps + 1)
+    done = jnp.clip((count - warmup_steps) / (total_steps - warmup_steps), 0, 1)
     if schedule == "constant":
-        decay = optax.constant_schedule(learning_rate)
+        left = jnp.ones_like(done)
     elif schedule == "linear":
-        decay = optax.linear_schedule(learning_rate, learning_rate * final_fraction, decay_steps)
+        left = 1 - done
     else:
-        decay = optax.cosine_decay_schedule(learning_rate, decay_steps, final_fraction)
-    if not warmup_steps:
-        return decay
-    warmup = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
-    return optax.join_schedules([warmup, decay], [warmup_steps])
+        left = 0.5 * (1 + jnp.cos(jnp.pi * done))
+    below = final_fraction + (1 - final_fraction) * left
+    return peak * jnp.where(count < warmup_steps, warming, below)
+
+
+class RateState(NamedTuple):
+    """Where training is in its schedule. The numbers are data, not part of the compiled program:
+    runs that differ in nothing else share one train step.
+    """
+
+    count: chex.Array  # int32 [], updates made
+    peak: chex.Array  # float32 []
+    total_steps: chex.Array  # int32 []
+    warmup_steps: chex.Array  # int32 []
+    learning_rate: chex.Array  # float32 [], of the last update
+
+
+def _scale_by_rate(
+    schedule: str, final_fraction: float, learning_rate: float, total_steps: int, warmup_steps: int
+) -> optax.GradientTransformation:
+    def init(params):
+        del params
+        return RateState(
+            count=jnp.zeros((), jnp.int32),
+            peak=jnp.asarray(learning_rate, jnp.float32),
+            total_steps=jnp.asarray(total_steps, jnp.int32),
+            warmup_steps=jnp.asarray(warmup_steps, jnp.int32),
+            learning_rate=jnp.zeros((), jnp.float32),
+        )
+
+    def update(updates, state, params=None):
+        del params
+        numbers = (state.count, state.peak, state.total_steps, state.warmup_steps)
+        rate = _rate(schedule, final_fraction, *numbers)
+        updates = jax.tree.map(lambda leaf: -rate.astype(leaf.dtype) * leaf, updates)
+        count = optax.safe_increment(state.count)
+        return updates, state._replace(count=count, learning_rate=rate)
+
+    return optax.GradientTransformation(init, update)
 
 
 def decay_mask(params: Any) -> Any:
@@ -112,11 +156,13 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
     **options: float,
-) -> optax.GradientTransformationExtraArgs:
+) -> optax.GradientTransformation:
     """An optimizer: clip, direction, decoupled weight decay, learning rate, in this order.
 
-    The learning rate of the last update stays readable in the state (`optax.inject_hyperparams`),
-    which is where the train step's metric `learning_rate` comes from.
+    The state holds the schedule's numbers and the learning rate of the last update
+    (`RateState`, where the train step's metric `learning_rate` comes from). So optimizers that
+    differ in `learning_rate`, `total_steps` and `warmup_steps` alone have the same update function,
+    and one `TrainStep` serves states that were made by any of them.
 
     Args:
       name: adamw, adam, lion, sgd or adafactor.
@@ -142,22 +188,16 @@ def make_optimizer(
         )
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be above 0, or None; got {clip_norm}.")
-    rate = make_schedule(
-        schedule,
-        learning_rate=learning_rate,
-        total_steps=total_steps,
-        warmup_steps=warmup_steps,
-        final_fraction=final_fraction,
-    )
-    direction = _DIRECTIONS[name](**options)
-
-    def build(learning_rate):
-        parts = [direction]
-        if clip_norm is not None:
-            parts.insert(0, optax.clip_by_global_norm(clip_norm))
-        if weight_decay:
-            parts.append(optax.add_decayed_weights(weight_decay, decay_mask))
-        parts.append(optax.scale_by_learning_rate(learning_rate))
-        return optax.chain(*parts)
-
-    return optax.inject_hyperparams(build, hyperparam_dtype=jnp.float32)(learning_rate=rate)
+    numbers = {
+        "learning_rate": learning_rate,
+        "total_steps": total_steps,
+        "warmup_steps": warmup_steps,
+    }
+    make_schedule(schedule, final_fraction=final_fraction, **numbers)  # checks them
+    parts = [_DIRECTIONS[name](**options)]
+    if clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(clip_norm))
+    if weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay, decay_mask))
+    parts.append(_scale_by_rate(schedule, final_fraction, **numbers))
+    return optax.chain(*parts)

@@ -168,7 +168,7 @@ def make_train_step(
 
 
 def _learning_rate(opt_state) -> chex.Array | None:
-    """What `optax.inject_hyperparams` noted in the state; None where the optimizer does not say."""
+    """What `RateState`, or `optax.inject_hyperparams`, noted; None where nothing did."""
     return optax.tree_utils.tree_get(
         opt_state, "learning_rate", filtering=lambda _, value: isinstance(value, jax.Array)
     )
