@@ -96,14 +96,14 @@ def test_float32_visits_equal_up_to_256_simulations(float32_case):
     assert_equal_search(result, tries, 1e-5)
 
 
-def test_chunks_nested_vmap_and_single_trees_change_nothing(float32_case, monkeypatch):
+def test_table_sizes_nested_vmap_and_single_trees_change_nothing(float32_case, monkeypatch):
     tree, _, _, result = float32_case
     single = jax.tree.map(lambda x: x[3], tree)
     alone = jax.jit(functools.partial(search.run_mcts, num_simulations=100))(single)
     for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(result), strict=True):
         np.testing.assert_array_equal(x, y[3])
-    # several chunks, the last not full
-    monkeypatch.setattr(mcts_module, "_MAX_RECORD_BYTES", 2**18)
+    # with tables of the usual sizes, as large batches have them
+    monkeypatch.setattr(mcts_module, "_LARGE", 0)
     nested = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), tree)
     run = jax.jit(jax.vmap(jax.vmap(functools.partial(search.run_mcts, num_simulations=100))))
     for x, y in zip(jax.tree.leaves(run(nested)), jax.tree.leaves(result), strict=True):

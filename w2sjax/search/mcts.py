@@ -15,11 +15,7 @@ from w2sjax.trees.compress import compress_chains
 from w2sjax.types import TrajectoryTree
 
 FORMS = ("auto", "parallel", "sequential")
-
-# The parallel form records every visit. Trees are searched in chunks whose record stays near this.
-_MAX_RECORD_BYTES = 2**27
-# One tree's record beyond which the sequential form is faster: its steps do not touch a record.
-_MAX_TREE_RECORD_BYTES = 2**22
+_LARGE = 2048  # branchings in a batch from which a second program, for what is usual, pays
 
 
 @chex.dataclass(frozen=True)
@@ -94,65 +90,46 @@ def run_mcts(
             exploration_weight=exploration_weight,
             discount=discount,
             form=form,
+            # Every branching is one step deeper than the one above it, at least.
+            max_depth=min(table.node.shape[0] - 1, tree.trajectory_node.shape[1] - 1),
         )
     )
     counts = search(jax.lax.stop_gradient((table, slot_priors)))
     return _expand(tree, table, counts, num_simulations, discount)
 
 
-def _slot_visits(inputs, *, num_simulations, exploration_weight, discount, form):
+def _slot_visits(inputs, *, num_simulations, exploration_weight, discount, form, max_depth):
     """Visits of every choice, int32 [B, S], by the form and the sizes that fit."""
     table, _ = inputs
     num_trees, num_branchings = table.node.shape
-    most = num_branchings + 1  # no branching has more choices than there are trajectories
-    # Few wide branchings of few choices are the rule: the program holds a version for that, one
-    # for any number of up to 64 choices, and one for whatever there may be.
-    limit = most // 2  # branchings of three choices or more
-    usual = parallel.Shape(width=min(8, most), per_tree=min(limit, max(3, limit // 4)))
-    general = parallel.Shape(width=min(64, most), per_tree=limit)
-    shapes = list(dict.fromkeys([usual, general, parallel.Shape(width=most, per_tree=limit)]))
     options = dict(
         num_simulations=num_simulations,
         exploration_weight=exploration_weight,
         discount=discount,
     )
-
-    def search(shape, inputs):
-        size = parallel.bytes_per_tree(table, num_simulations, shape) * inputs[0].node.shape[0]
-        if form == "sequential" or (form == "auto" and size > _MAX_TREE_RECORD_BYTES):
-            return sequential.slot_visits(*inputs, width=shape.width, **options)
-        return parallel.slot_visits(*inputs, shape=shape, **options)
-
-    def run(inputs):
-        num_slots = inputs[0].num_slots
-        widest, wide = jnp.max(num_slots), jnp.sum(num_slots > 2)
-        fits = jnp.array([s.width for s in shapes]) >= widest
-        fits &= jnp.array([s.per_tree for s in shapes]) * num_slots.shape[0] >= wide
-        branches = [functools.partial(search, shape) for shape in shapes]
-        return jax.lax.switch(jnp.argmax(fits), branches, inputs)
-
     if form == "sequential":
-        return run(inputs)
-    chunk = _MAX_RECORD_BYTES // parallel.bytes_per_tree(table, num_simulations, usual)
-    return _in_chunks(run, inputs, min(max(chunk, 1), num_trees))
-
-
-def _in_chunks(function, inputs, chunk):
-    """Applies a function of batches to batches of `chunk` rows, one after the other."""
-    size = jax.tree.leaves(inputs)[0].shape[0]
-    if chunk >= size:
-        return function(inputs)
-    number = -(-size // chunk)
-    chunk = -(-size // number)
-    padding = number * chunk - size
-
-    def cut(x):
-        # Rows of zeros are trees without branchings.
-        x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)])
-        return x.reshape(number, chunk, *x.shape[1:])
-
-    result = jax.lax.map(function, jax.tree.map(cut, inputs))
-    return result.reshape(number * chunk, *result.shape[2:])[:size]
+        # No branching has more choices than there are trajectories; few have more than eight.
+        widths = [min(8, num_branchings + 1), num_branchings + 1]
+        narrow, wide = (
+            functools.partial(sequential.slot_visits, width=width, **options) for width in widths
+        )
+        return jax.lax.cond(
+            jnp.max(table.num_slots) <= widths[0],
+            lambda inputs: narrow(*inputs),
+            lambda inputs: wide(*inputs),
+            inputs,
+        )
+    options["max_depth"] = max_depth
+    general = parallel.general_groups(num_trees, num_branchings)
+    if num_trees * num_branchings < _LARGE:
+        return parallel.slot_visits(*inputs, groups=general, **options)
+    usual = parallel.usual_groups(num_trees, num_branchings)
+    return jax.lax.cond(
+        parallel.fits(table.num_slots, usual),
+        lambda inputs: parallel.slot_visits(*inputs, groups=usual, **options),
+        lambda inputs: parallel.slot_visits(*inputs, groups=general, **options),
+        inputs,
+    )
 
 
 def _expand(tree, table, counts, num_simulations, discount):

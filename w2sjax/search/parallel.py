@@ -1,19 +1,25 @@
-"""UCT with all nodes advancing together: k + height sequential steps instead of k × depth.
+"""UCT with all branchings advancing together: k + height sequential steps instead of k × depth.
 
 What a node returns on its m-th visit depends on its own subtree alone, not on when the visit comes:
-every branching is a bandit of its own. So all branchings of all trees play at once. One of height h
-plays its visit m at step m + h, when the return that it reads, at most the m-th of a child of less
-height, is there. In the end the root was visited k times; its counts say how often its children
-were really visited; their counts after that many visits, looked up in the record, say it of theirs;
-and so on down.
+every branching is a bandit of its own. So none waits until it is asked. Each keeps its next two
+returns ready in a queue; while there is room it plays one more visit per step, which takes the next
+return of the chosen child out of that child's queue. The root needs no queue and plays k visits.
 
-Every branching plays k visits, also those that search would hardly have come to: more work than one
-simulation at a time, in far fewer steps, and each step is a few long vector operations. Most
-branchings have two choices, so the few wider ones are a table of their own.
+After t steps a branching of height h has played at least min(t − h, 2 + returns taken from it by
+step t − 1) visits: by induction over t and h, since no more than one return is taken per step, and
+a chosen child with an empty queue would have played less than that. So the root is done after
+k + height steps. By then every branching has played visits that nobody asked for: the two in its
+queue, and those that the visits of its parent that nobody asked for took. They are taken back,
+latest first, for which each branching notes its latest 2·depth choices, a few bits each.
+
+Memory is in the size of the tables. Every branching plays as fast as its parent may ask, also where
+search would hardly have come to: more work than one simulation at a time, in far fewer steps, each
+a few long vector operations. Most branchings have two choices, so tables are grouped by width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -23,36 +29,78 @@ import jax.numpy as jnp
 from w2sjax.search.scores import add_compensated, puct, uct
 from w2sjax.trees.compress import BranchTable
 
-
-class Shape(NamedTuple):
-    """Static sizes of the table of wide branchings."""
-
-    width: int  # the most choices that any branching has
-    per_tree: int  # wide branchings (of 3 choices or more) per tree, on average over a batch
+_QUEUE = 2  # returns that a branching keeps ready; with one, every second step would be idle
+_NOTHING = -1
 
 
-class _Play(NamedTuple):
-    """The state of a table of branchings; M columns of C choices."""
+class Group(NamedTuple):
+    """Branchings of up to `width` choices, more than the group before."""
 
-    pick: chex.Array  # int32 [M], the choice of the coming visit
-    count: chex.Array  # float [C, M]
-    total: chex.Array  # float [C, M], sum of returns
-    carry: chex.Array  # float [C, M], rounding of the sums
-    record: chex.Array  # uint16 or int32 [rows, C, M], counts before each step
+    width: int  # a power of two
+    columns: int  # how many there may be in the batch
 
 
-def bytes_per_tree(table: BranchTable, num_simulations: int, shape: Shape) -> int:
-    """What the record of one tree takes."""
-    num_branchings = table.node.shape[-1]
-    rows = num_simulations + num_branchings + 1
-    counts = 2 * num_branchings + shape.width * shape.per_tree
-    returns = num_branchings + shape.per_tree
-    itemsize = table.slot_value.dtype.itemsize
-    return rows * (counts * _count_dtype(rows).itemsize + returns * itemsize)
+def general_groups(num_trees: int, num_branchings: int) -> tuple[Group, ...]:
+    """Groups that hold whatever there may be: R trajectories make at most (R − 1) / (c − 1)
+    branchings of c choices.
+    """
+    groups, width = [], 2
+    while True:
+        groups.append(Group(width, num_trees * max(1, num_branchings // (width // 2))))
+        if width > num_branchings:
+            return tuple(groups)
+        width *= 2
 
 
-def _count_dtype(rows: int) -> jnp.dtype:
-    return jnp.dtype(jnp.uint16 if rows < 2**16 else jnp.int32)
+def usual_groups(num_trees: int, num_branchings: int) -> tuple[Group, ...]:
+    """Groups that hold what there usually is, in a large batch: few wide branchings, none of more
+    than eight choices. Half the work of `general_groups`.
+    """
+    shares = {2: 0.75, 4: 0.2, 8: 0.03}
+    total = num_trees * num_branchings
+    return tuple(Group(width, int(share * total) + 1) for width, share in shares.items())
+
+
+def fits(num_choices: chex.Array, groups: Sequence[Group]) -> chex.Array:
+    """Whether the groups hold branchings of these numbers of choices; bool []."""
+    held, least = jnp.max(num_choices) <= groups[-1].width, 1
+    for group in groups:
+        inside = (num_choices > least) & (num_choices <= group.width)
+        held &= jnp.sum(inside) <= group.columns
+        least = group.width
+    return held
+
+
+class _Table(NamedTuple):
+    """What a group's branchings choose from; n columns of w choices."""
+
+    valid: chex.Array  # bool [w, n]
+    source: chex.Array  # int32 [w, n], the child's place in the queues; `nobody` for an end
+    end_value: chex.Array  # float [w, n], what an end returns
+    factor: chex.Array | None  # float [w, n], discount along the chain
+    prior: chex.Array | None  # float [w, n]
+
+
+class _Bandits(NamedTuple):
+    """What a group's branchings remember."""
+
+    pick: chex.Array  # int32 [n], the choice of the coming visit
+    count: chex.Array  # float [w, n]
+    total: chex.Array  # float [w, n], sum of returns
+    carry: chex.Array  # float [w, n], rounding of the sums
+    history: chex.Array  # uint32 [words, n], the latest choices
+
+
+class _Queues(NamedTuple):
+    """Of all groups side by side, L in all."""
+
+    front: chex.Array  # float [L], the next return
+    second: chex.Array  # float [L], the one after
+    ready: chex.Array  # int32 [L], how many there are
+    visits: chex.Array  # int32 [L], visits played
+    source: chex.Array  # int32 [L], where the coming visit takes its return from
+    end_value: chex.Array  # float [L], or what it returns, where it ends
+    factor: chex.Array | None  # float [L], the coming visit's discount
 
 
 def slot_visits(
@@ -62,158 +110,195 @@ def slot_visits(
     num_simulations: int,
     exploration_weight: chex.Numeric,
     discount: chex.Numeric,
-    shape: Shape,
+    groups: Sequence[Group],
+    max_depth: int,
 ) -> chex.Array:
     """Visits of every choice after k simulations.
 
     Args:
-      table: B trees. No branching may have more choices than `shape.width`, and no more branchings
-        than B·`shape.per_tree` may have over two.
+      table: B trees, whose branchings the groups must hold (`fits`).
       priors: float [B, S] for PUCT, or None for UCT.
       num_simulations: k.
       exploration_weight: w.
       discount: γ; a Python 1.0 saves the multiplications.
-      shape: see `Shape`.
+      groups: tables by width.
+      max_depth: branchings above the deepest one, at most.
 
     Returns:
       int32 [B, S].
     """
     num_trees, num_branchings = table.node.shape
-    columns = num_branchings * num_trees  # one per branching: p·B + b
-    tree = jnp.arange(num_trees, dtype=jnp.int32)
     dtype = table.slot_value.dtype
-    rows = num_simulations + num_branchings + 1
-    count_dtype = _count_dtype(rows)
-
-    # Tables [C, P·B], from the ragged ones.
-    choice = jnp.arange(shape.width, dtype=jnp.int32)[:, None, None]
-    slot = table.first_slot.T + choice
-    valid = choice < table.num_slots.T
-    source = jnp.where(valid, slot, 0) * num_trees + tree
-
-    def padded(x):
-        return jnp.take(x.T.reshape(-1), source).reshape(shape.width, columns)
-
-    child = jnp.where(valid.reshape(shape.width, columns), padded(table.slot_child), -1)
-    child = jnp.where(child >= 0, child * num_trees + jnp.tile(tree, num_branchings), -1)
-    height = _heights(child.reshape(valid.shape))
-    last_step = num_simulations + jnp.max(height)
-    flat_height = height.reshape(-1)
-
-    # Where each branching plays: the first `columns` places are those of the narrow ones.
-    wide = table.num_slots.T.reshape(-1) > 2
-    num_wide = shape.per_tree * num_trees
-    place = jnp.where(wide, columns + jnp.cumsum(wide) - 1, jnp.arange(columns)).astype(jnp.int32)
-    wide_columns = jnp.nonzero(wide, size=num_wide, fill_value=0)[0]
-    length = columns + num_wide  # of a row of the record of returns
-
-    # The record of returns: what the visits of step t returned is its row t + 1. The n-th visit of
-    # a branching is at `base` + n·length of the flat record.
-    base = jnp.where(child >= 0, (flat_height[child] + 1) * length + place[child], -1)
     discounted = not (isinstance(discount, float | int) and discount == 1)
-    tables = {
-        "base": base,
-        "end_value": padded(table.slot_value),
-        "valid": valid.reshape(shape.width, columns),
-        "height": flat_height[None],
-    }
-    if discounted:
-        tables["factor"] = jnp.asarray(discount, dtype) ** padded(table.slot_steps).astype(dtype)
-    if priors is not None:
-        tables["prior"] = padded(priors.astype(dtype))
-    narrow = {name: x[:2] for name, x in tables.items()}
-    # Not wider than the table, where no branching has more than two choices.
-    tables = [narrow] + ([{n: x[:, wide_columns] for n, x in tables.items()}] if num_wide else [])
+    # One column more than asked for: nobody, whose queue is always full and never used.
+    groups = [Group(groups[0].width, groups[0].columns + 1), *groups[1:]]
+    nobody = groups[0].columns - 1
+    length = sum(group.columns for group in groups)
 
-    def scores(table, j, n, total, visits):
-        if priors is None:
-            score = uct(total, n, visits, exploration_weight)
-        else:
-            score = puct(total, n, visits, exploration_weight, table["prior"][j])
-        return jnp.where(table["valid"][j], score, -jnp.inf)
+    # Where each branching plays. Branching p of tree b is number p·B + b.
+    none = num_branchings * num_trees
+    number = table.num_slots.T.reshape(-1)
+    place = jnp.full((none,), length, jnp.int32)
+    first_count, stride = jnp.zeros((2, none), jnp.int32)  # of its choices in the list of counts
+    least, start, counts_before = 1, 0, 0
+    for width, columns in groups:
+        inside = (number > least) & (number <= width)
+        rank = jnp.cumsum(inside, dtype=jnp.int32) - 1
+        place = jnp.where(inside, start + rank, place)
+        first_count = jnp.where(inside, counts_before + rank, first_count)
+        stride = jnp.where(inside, columns, stride)
+        least, start, counts_before = width, start + columns, counts_before + width * columns
+    branching = jnp.full((length,), none, jnp.int32)
+    branching = branching.at[place].set(jnp.arange(none, dtype=jnp.int32), mode="drop")
+    exists, is_root = branching < none, branching < num_trees
 
-    def visit(step, returns, table, play):
-        """One visit of every branching of a table; the returns of the visits, and the new state."""
-        width = table["base"].shape[0]
-        at = _of_pick(play.pick, table["base"])
-        n = _of_pick(play.pick, play.count).astype(jnp.int32)
-        value = returns.reshape(-1)[jnp.where(at < 0, 0, at + n * length)]
-        value = jnp.where(at < 0, _of_pick(play.pick, table["end_value"]), value)
+    def by_choice(x, choice, columns, fill):
+        """x [B, S] of the choices of branchings, [w, n]; `fill` where there are none."""
+        p, b = columns // num_trees, columns % num_trees
+        slot = jnp.minimum(table.first_slot[b, p] + choice, x.shape[1] - 1)
+        return jnp.where(choice < number[columns], x[b, slot], fill)
+
+    own = jnp.arange(length, dtype=jnp.int32)
+    parent = jnp.full((length,), nobody, jnp.int32)
+    tables, start = [], 0
+    for width, columns in groups:
+        here = branching[start : start + columns]
+        choice = jnp.arange(width, dtype=jnp.int32)[:, None]
+        held = jnp.minimum(here, none - 1)
+        valid = (choice < number[held]) & (here < none)
+        child = by_choice(table.slot_child, choice, held, -1)
+        goes_on = valid & (child >= 0)
+        source = jnp.where(goes_on, place[child * num_trees + held % num_trees], nobody)
+        me = jnp.broadcast_to(own[start : start + columns], source.shape)
+        parent = parent.at[jnp.where(goes_on, source, length)].set(me, mode="drop")
+        factor = prior = None
         if discounted:
-            value = value * _of_pick(play.pick, table["factor"])
-        visits = step - table["height"][0]
-        chosen = (jnp.arange(width)[:, None] == play.pick) & (visits >= 0)
-        count = play.count + chosen
-        record = jax.lax.dynamic_update_index_in_dim(
-            play.record, count.astype(count_dtype), step + 1, axis=0
+            steps = by_choice(table.slot_steps, choice, held, 0).astype(dtype)
+            factor = jnp.asarray(discount, dtype) ** steps
+        if priors is not None:
+            prior = by_choice(priors.astype(dtype), choice, held, 0)
+        end_value = by_choice(table.slot_value, choice, held, 0)
+        tables.append(_Table(valid, source, end_value, factor, prior))
+        start += columns
+
+    def scores(table, j, bandits, visits):
+        total, count = bandits.total[j], bandits.count[j]
+        if table.prior is None:
+            score = uct(total, count, visits, exploration_weight)
+        else:
+            score = puct(total, count, visits, exploration_weight, table.prior[j])
+        return jnp.where(table.valid[j], score, -jnp.inf)
+
+    def play(table, bandits, active, value, visits):
+        """The visits of one step, and the choices of the next."""
+        choice = jnp.arange(table.valid.shape[0], dtype=jnp.int32)[:, None]
+        chosen = (choice == bandits.pick) & active
+        total, carry = add_compensated(bandits.total, bandits.carry, value)
+        bandits = _Bandits(
+            pick=bandits.pick,
+            count=bandits.count + chosen,
+            total=jnp.where(chosen, total, bandits.total),
+            carry=jnp.where(chosen, carry, bandits.carry),
+            history=_note(bandits.history, bandits.pick, len(choice), active),
         )
-        total, carry = add_compensated(play.total, play.carry, value)
-        total = jnp.where(chosen, total, play.total)
-        carry = jnp.where(chosen, carry, play.carry)
-        # The next choice is made here and carried to the next step: fused with what uses it, it
-        # would be made many times. Row by row, so that each row is one long vector.
-        visits = jnp.maximum(visits + 1, 0).astype(dtype)
-        best = scores(table, 0, count[0], total[0], visits)
+        # Row by row, so that each row is one long vector.
+        best = scores(table, 0, bandits, visits)
         pick = jnp.zeros(best.shape, jnp.int32)
-        for j in range(1, width):
-            score = scores(table, j, count[j], total[j], visits)
+        for j in range(1, len(choice)):
+            score = scores(table, j, bandits, visits)
             better = score > best
             best = jnp.where(better, score, best)
             pick = jnp.where(better, j, pick)
-        return value, _Play(pick=pick, count=count, total=total, carry=carry, record=record)
+        return bandits._replace(pick=pick)
 
-    def advance(state):
-        step, row, returns, plays = state
-        # Written a step late, before all reads: so the record never needs a copy.
-        returns = jax.lax.dynamic_update_index_in_dim(returns, row, step, axis=0)
-        done = [visit(step, returns, *pair) for pair in zip(tables, plays, strict=True)]
-        row = jnp.concatenate([value for value, _ in done])
-        return step + 1, row, returns, tuple(play for _, play in done)
+    def of_picks(name, all_bandits):
+        parts = [getattr(t, name) for t in tables]
+        if parts[0] is None:
+            return None
+        picks = [bandits.pick for bandits in all_bandits]
+        return jnp.concatenate([_row(pick, part) for pick, part in zip(picks, parts, strict=True)])
+
+    def advance(_, state):
+        queues, all_bandits = state
+        source = queues.source
+        active = (_take(queues.ready, source) > 0) & (queues.ready < _QUEUE)
+        value = jnp.where(source == nobody, queues.end_value, _take(queues.front, source))
+        if discounted:
+            value = value * queues.factor
+        taken = _take(jnp.where(active, source, _NOTHING), parent) == own
+        left = queues.ready - taken
+        front = jnp.where(taken, queues.second, queues.front)
+        visits = queues.visits + active
+        ready = jnp.where(is_root, _QUEUE * (visits >= num_simulations), left + active)
+        total_visits = visits.astype(dtype)
+        new, start = [], 0
+        for table, bandits in zip(tables, all_bandits, strict=True):
+            at = slice(start, start + table.valid.shape[1])
+            new.append(play(table, bandits, active[at], value[at], total_visits[at]))
+            start = at.stop
+        queues = _Queues(
+            front=jnp.where(active & (left == 0), value, front),
+            second=jnp.where(active, value, queues.second),
+            ready=ready.astype(jnp.int32),
+            visits=visits,
+            **{name: of_picks(name, new) for name in ("source", "end_value", "factor")},
+        )
+        return queues, tuple(new)
 
     def first(table):
-        zeros = jnp.zeros(table["base"].shape, dtype)
-        return _Play(
-            pick=jnp.zeros(zeros.shape[1:], jnp.int32),
-            count=zeros,
-            total=zeros,
-            carry=zeros,
-            record=jnp.zeros((rows, *zeros.shape), count_dtype),
-        )
+        width, columns = table.valid.shape
+        zeros = jnp.zeros((width, columns), dtype)
+        words = -(-_QUEUE * max_depth // _choices_per_word(width)) or 1
+        history = jnp.zeros((words, columns), jnp.uint32)
+        return _Bandits(jnp.zeros((columns,), jnp.int32), zeros, zeros, zeros, history)
 
-    returns = jnp.zeros((rows, length), dtype)
-    start = (jnp.int32(0), returns[0], returns, tuple(map(first, tables)))
-    *_, plays = jax.lax.while_loop(lambda state: state[0] < last_step, advance, start)
-
-    # Down from the root: how often was each branching really visited?
-    visits = jnp.zeros((columns,), jnp.int32)
-    visits = visits.at[tree].set(jnp.where(table.num_branchings > 0, num_simulations, 0))
-    child = child.reshape(valid.shape)
-
-    def settle(p, state):
-        visits, slots = state
-        column = p * num_trees + tree
-        row = visits[column] + height[p]
-        here = plays[0].record[row, jnp.arange(min(2, shape.width))[:, None], column]
-        here = jnp.pad(here, ((0, shape.width - here.shape[0]), (0, 0)))
-        if num_wide:
-            at = jnp.maximum(place[column] - columns, 0)
-            of_wide = plays[1].record[row, jnp.arange(shape.width)[:, None], at]
-            here = jnp.where(wide[column], of_wide, here)
-        here = jnp.where(choice[:, 0] < table.num_slots.T[p], here.astype(jnp.int32), 0)
-        to = child[:, p]
-        visits = visits.at[jnp.where(to >= 0, to, columns)].set(here, mode="drop")
-        return visits, slots.at[:, p].set(here)
-
-    slots = jnp.zeros(valid.shape, jnp.int32)
-    _, slots = jax.lax.fori_loop(0, jnp.max(table.num_branchings), settle, (visits, slots))
-    offset = jnp.arange(table.slot_child.shape[1], dtype=jnp.int32) - jnp.take_along_axis(
-        table.first_slot, table.slot_branching, axis=1
+    all_bandits = tuple(map(first, tables))
+    idle = ~exists | (is_root & (num_simulations == 0))
+    queues = _Queues(
+        front=jnp.zeros((length,), dtype),
+        second=jnp.zeros((length,), dtype),
+        ready=jnp.where(idle, _QUEUE, 0).astype(jnp.int32),
+        visits=jnp.zeros((length,), jnp.int32),
+        **{name: of_picks(name, all_bandits) for name in ("source", "end_value", "factor")},
     )
-    found = slots[jnp.minimum(offset, shape.width - 1), table.slot_branching, tree[:, None]]
-    return jnp.where(table.slot_mask, found, 0)
+    steps = num_simulations + jnp.max(_depths(parent, nobody, max_depth))
+    queues, all_bandits = jax.lax.fori_loop(0, steps, advance, (queues, all_bandits))
+
+    def take_back(state):
+        owed, all_bandits = state
+        returning = owed > 0
+        new, start = [], 0
+        for table, bandits in zip(tables, all_bandits, strict=True):
+            width, columns = table.valid.shape
+            pick, history = _recall(bandits.history, width, returning[start : start + columns])
+            undone = jnp.arange(width, dtype=jnp.int32)[:, None] == pick
+            undone &= returning[start : start + columns]
+            count = bandits.count - undone
+            new.append(bandits._replace(pick=pick, count=count, history=history))
+            start += columns
+        source = jnp.where(returning, of_picks("source", new), _NOTHING)
+        given_back = _take(source, parent) == own
+        return owed - returning + given_back, tuple(new)
+
+    owed = jnp.where(exists & ~is_root, queues.ready, 0)
+    _, all_bandits = jax.lax.while_loop(
+        lambda state: jnp.any(state[0] > 0), take_back, (owed, all_bandits)
+    )
+
+    counts = jnp.concatenate([bandits.count.reshape(-1) for bandits in all_bandits])
+    slot = jnp.arange(table.slot_child.shape[1], dtype=jnp.int32)
+    offset = slot - jnp.take_along_axis(table.first_slot, table.slot_branching, axis=1)
+    column = table.slot_branching * num_trees + jnp.arange(num_trees, dtype=jnp.int32)[:, None]
+    found = counts[first_count[column] + offset * stride[column]]
+    return jnp.where(table.slot_mask, found, 0).astype(jnp.int32)
 
 
-def _of_pick(pick: chex.Array, table: chex.Array) -> chex.Array:
+def _take(x: chex.Array, index: chex.Array) -> chex.Array:
+    """x[index]; indices are known to be inside."""
+    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _row(pick: chex.Array, table: chex.Array) -> chex.Array:
     """table[pick[m], m] for all m, without a gather: tables have few rows."""
     found = table[0]
     for j in range(1, table.shape[0]):
@@ -221,14 +306,37 @@ def _of_pick(pick: chex.Array, table: chex.Array) -> chex.Array:
     return found
 
 
-def _heights(child: chex.Array) -> chex.Array:
-    """Branchings on the longest way down from each one, itself not counted; int32 [P, B]."""
-    _, num_branchings, num_trees = child.shape
+def _depths(parent: chex.Array, nobody: int, max_depth: int) -> chex.Array:
+    """Branchings above each one; int32 [L]. Paths are followed in strides of 1, 2, 4, …"""
+    depth = (parent != nobody).astype(jnp.int32)
+    for _ in range(max_depth.bit_length()):
+        depth = depth + depth[parent]
+        parent = parent[parent]
+    return depth
 
-    def up(i, height):
-        p = num_branchings - 1 - i
-        below = jnp.where(child[:, p] >= 0, height.reshape(-1)[child[:, p]] + 1, 0)
-        return height.at[p].set(jnp.max(below, axis=0))
 
-    zeros = jnp.zeros((num_branchings, num_trees), jnp.int32)
-    return jax.lax.fori_loop(0, num_branchings, up, zeros)
+def _bits(width: int) -> int:
+    return (width - 1).bit_length()
+
+
+def _choices_per_word(width: int) -> int:
+    return 32 // _bits(width)
+
+
+def _note(history: chex.Array, pick: chex.Array, width: int, active: chex.Array) -> chex.Array:
+    """Adds the latest choice of active branchings, at the low end of the first word."""
+    bits, last = _bits(width), _bits(width) * (_choices_per_word(width) - 1)
+    mask = jnp.uint32(2**bits - 1)
+    moving = (history[:-1] >> last) & mask
+    moving = jnp.concatenate([pick[None].astype(jnp.uint32), moving])
+    return jnp.where(active, (history << bits) | moving, history)
+
+
+def _recall(history: chex.Array, width: int, active: chex.Array) -> tuple[chex.Array, chex.Array]:
+    """The latest choice, int32 [n], and the history without it where active: undoes `_note`."""
+    bits, last = _bits(width), _bits(width) * (_choices_per_word(width) - 1)
+    mask = jnp.uint32(2**bits - 1)
+    pick = (history[0] & mask).astype(jnp.int32)
+    moving = jnp.concatenate([history[1:] & mask, jnp.zeros_like(history[:1])]) << last
+    older = (history >> bits) & jnp.uint32(2**last - 1)
+    return pick, jnp.where(active, older | moving, history)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from w2sjax.types import TrajectoryTree
 
-# Up to this many rollouts prefixes are compared pairwise ([R, R] per level, no sort); above, by
-# sorting.
+# Up to this many rollouts prefixes are compared pairwise, above by sorting.
 _MAX_PAIRWISE_ROLLOUTS = 64
 
 
@@ -93,15 +92,20 @@ def _group_pairwise(node, key, alive):
     """Groups the R trajectories of one level by (node, key).
 
     Returns per trajectory the rank of its group in the order (node, first trajectory of the
-    group), and whether it is that first trajectory; and the number of groups.
+    group), and whether it is that first trajectory; and the number of groups. Written out, one
+    trajectory after the other, which a compiler makes long vectors of; sums over an axis of R are
+    three times slower on CPU.
     """
-    index = jnp.arange(node.shape[0], dtype=jnp.int32)
-    same_node = node[:, None] == node[None, :]
-    same = same_node & (key[:, None] == key[None, :]) & alive[None, :]
-    first = jnp.min(jnp.where(same, index[None, :], node.shape[0]), axis=1)
+    num = node.shape[0]
+    index = jnp.arange(num, dtype=jnp.int32)
+    first = jnp.full((num,), num, jnp.int32)
+    for j in reversed(range(num)):
+        first = jnp.where((node == node[j]) & (key == key[j]) & alive[j], j, first)
     leader = alive & (first == index)
-    before = (node[None, :] < node[:, None]) | (same_node & (index[None, :] < first[:, None]))
-    rank = jnp.sum(before & leader[None, :], axis=1, dtype=jnp.int32)
+    rank = jnp.zeros((num,), jnp.int32)
+    for j in range(num):
+        before = (node[j] < node) | ((node == node[j]) & (j < first))
+        rank += before & leader[j]
     return rank, leader, jnp.sum(leader, dtype=jnp.int32)
 
 
