@@ -110,6 +110,41 @@ def test_table_sizes_nested_vmap_and_single_trees_change_nothing(float32_case, m
         np.testing.assert_array_equal(x.reshape(y.shape), y)
 
 
+@pytest.mark.parametrize("form", ["parallel", "sequential"])
+def test_a_thousand_rollouts_and_hundreds_of_choices(form):
+    """Wide at the root, then deep: many sizes of tables, and more choices than one word holds."""
+    keys, lengths, returns, mask = random_sets(
+        1, batch=1, rollouts=1024, steps=256, alphabet=3, levels=9
+    )
+    keys[0, :, 0] = np.random.default_rng(0).integers(0, 300, 1024)
+    trie = Trie(as_lists(keys[0], lengths[0], mask[0]), returns[0])
+    trie.search(600)
+    assert len(trie.root.children) > 200
+    with jax.enable_x64(True):
+        build = jax.jit(functools.partial(trees.build_tree, max_nodes=1 + int(lengths.sum())))
+        sets = (keys, lengths, returns.astype(np.float64))
+        tree = build(*(x[0] for x in sets), mask=mask[0])
+        run = jax.jit(functools.partial(search.run_mcts, num_simulations=600, form=form))
+        result = jax.tree.map(lambda x: np.asarray(x)[None], run(tree))
+    assert_equal_search(result, [trie], 1e-12)
+
+
+def test_the_parallel_form_is_done_after_k_plus_height_steps():
+    """Each returns more than the one before it: so a chain of branchings, the worst case."""
+    rollouts, simulations = 12, 50
+    keys = np.tril(np.ones((rollouts, rollouts), np.int32), -1)
+    lengths = np.minimum(np.arange(rollouts) + 1, rollouts - 1).astype(np.int32)
+    returns = np.arange(rollouts, dtype=np.float32) / rollouts
+    tree = trees.build_tree(keys, lengths, returns, max_nodes=1 + rollouts * rollouts)
+    table = trees.compress_chains(tree)
+    height = int(table.num_branchings) - 1
+    assert height == rollouts - 2
+    run = jax.jit(functools.partial(search.run_mcts, num_simulations=simulations))
+    trie = Trie(as_lists(keys, lengths, np.ones(rollouts, bool)), returns)
+    trie.search(simulations)
+    assert_equal_search(jax.tree.map(lambda x: np.asarray(x)[None], run(tree)), [trie], 1e-5)
+
+
 def test_float32_sums_stay_right_at_a_million_visits():
     """Two arms of 0.1 and 0.3: nearly all visits go to one, where a plain float32 sum stalls."""
     tree = jax.jit(trees.build_tree, static_argnames="max_nodes")(

@@ -31,12 +31,13 @@ from w2sjax.trees.compress import BranchTable
 
 _QUEUE = 2  # returns that a branching keeps ready; with one, every second step would be idle
 _NOTHING = -1
+_UNROLLED = 4  # choices up to which code is written out row by row
 
 
 class Group(NamedTuple):
     """Branchings of up to `width` choices, more than the group before."""
 
-    width: int  # a power of two
+    width: int
     columns: int  # how many there may be in the batch
 
 
@@ -44,12 +45,13 @@ def general_groups(num_trees: int, num_branchings: int) -> tuple[Group, ...]:
     """Groups that hold whatever there may be: R trajectories make at most (R − 1) / (c − 1)
     branchings of c choices.
     """
-    groups, width = [], 2
-    while True:
-        groups.append(Group(width, num_trees * max(1, num_branchings // (width // 2))))
+    groups, least = [], 1
+    for width in (2, 4, 8, *(8 * 4**i for i in range(1, 14))):
+        groups.append(Group(width, num_trees * max(1, num_branchings // least)))
         if width > num_branchings:
             return tuple(groups)
-        width *= 2
+        least = width
+    raise ValueError(f"{num_branchings} branchings in a tree are more than 2**29")
 
 
 def usual_groups(num_trees: int, num_branchings: int) -> tuple[Group, ...]:
@@ -201,6 +203,9 @@ def slot_visits(
             carry=jnp.where(chosen, carry, bandits.carry),
             history=_note(bandits.history, bandits.pick, len(choice), active),
         )
+        if len(choice) > _UNROLLED:
+            pick = jnp.argmax(scores(table, slice(None), bandits, visits), axis=0)
+            return bandits._replace(pick=pick.astype(jnp.int32))
         # Row by row, so that each row is one long vector.
         best = scores(table, 0, bandits, visits)
         pick = jnp.zeros(best.shape, jnp.int32)
@@ -299,7 +304,9 @@ def _take(x: chex.Array, index: chex.Array) -> chex.Array:
 
 
 def _row(pick: chex.Array, table: chex.Array) -> chex.Array:
-    """table[pick[m], m] for all m, without a gather: tables have few rows."""
+    """table[pick[m], m] for all m; without a gather where the table has few rows."""
+    if table.shape[0] > _UNROLLED:
+        return jnp.take_along_axis(table, pick[None], axis=0, mode="promise_in_bounds")[0]
     found = table[0]
     for j in range(1, table.shape[0]):
         found = jnp.where(pick == j, table[j], found)
