@@ -28,9 +28,18 @@ import jax
 import jax.numpy as jnp
 import mctx
 import numpy as np
-import trees as tree_benchmark
 from jax.sharding import AxisType, PartitionSpec
-from trees import MAX_NODES, Node, build_many, build_python, make_tasks, median_ms
+from trees import (
+    MAX_NODES,
+    ROLLOUTS,
+    STEPS,
+    Node,
+    build_many,
+    build_python,
+    make_tasks,
+    median_ms,
+    peak_gib,
+)
 
 from w2sjax import search, trees
 
@@ -187,7 +196,7 @@ def check_exact(tasks: list, returns: np.ndarray, simulations: int) -> int:
         keys = trees.intern_steps(tasks)
         build = functools.partial(trees.build_tree, max_nodes=MAX_NODES)
         tree = jax.jit(jax.vmap(build))(keys.step_keys, keys.lengths, returns.astype(np.float64))
-        visits = np.asarray(our_search(simulations, "auto", 1)(tree).node_visits)
+        visits = np.asarray(our_search(simulations, "parallel", 1)(tree).node_visits)
     equal = 0
     for b, (rollouts, row) in enumerate(zip(tasks, returns.tolist(), strict=True)):
         root = build_python(rollouts, row)
@@ -200,9 +209,7 @@ def check_exact(tasks: list, returns: np.ndarray, simulations: int) -> int:
 def compare(num_tasks: int, simulations: int, repeats: int) -> dict[str, float]:
     """Times of one setting, in milliseconds."""
     tasks, returns = make_tasks(num_tasks)
-    keys = trees.intern_steps(
-        tasks, num_rollouts=tree_benchmark.ROLLOUTS, num_steps=tree_benchmark.STEPS
-    )
+    keys = trees.intern_steps(tasks, num_rollouts=ROLLOUTS, num_steps=STEPS)
     tree = jax.block_until_ready(build_many(keys.step_keys, keys.lengths, returns))
     sample = min(num_tasks, 64)
 
@@ -227,7 +234,7 @@ def compare(num_tasks: int, simulations: int, repeats: int) -> dict[str, float]:
         result["numba_ms"] = median_ms(numba_run, repeats)
     result["parallel_ms"] = timed("parallel", 1)
     result["sequential_ms"] = timed("sequential", 1)
-    result["ours_ms"] = timed("auto", len(jax.devices()))
+    result["ours_ms"] = timed("parallel", len(jax.devices()))
     for peer in ("python", "mctx", "numba"):
         if f"{peer}_ms" in result:
             result[f"vs_{peer}"] = result[f"{peer}_ms"] / result["ours_ms"]
@@ -235,12 +242,13 @@ def compare(num_tasks: int, simulations: int, repeats: int) -> dict[str, float]:
 
 
 def count_steps(num_tasks: int, simulations: int) -> dict[str, int]:
-    """Sequential steps of the two forms: k + height, and the sum of the deepest descents."""
+    """Sequential steps of the two forms, and their work: choices scored, over all trees."""
     tasks, returns = make_tasks(num_tasks)
     keys = trees.intern_steps(tasks)
     tree = build_many(keys.step_keys, keys.lengths, returns)
     table = jax.tree.map(np.asarray, jax.jit(jax.vmap(trees.compress_chains))(tree))
-    height = 0
+    visits = np.asarray(our_search(simulations, "parallel", 1)(tree).node_visits)
+    height, scored = 0, 0
     for b in range(num_tasks):
         heights = np.zeros(table.node.shape[1], int)
         for s in reversed(range(table.slot_child.shape[1])):
@@ -249,11 +257,59 @@ def count_steps(num_tasks: int, simulations: int) -> dict[str, int]:
                 p = table.slot_branching[b, s]
                 heights[p] = max(heights[p], heights[c] + 1 if c >= 0 else 0)
         height = max(height, int(heights[0]))
-    choices = int(table.slot_mask.sum())
+        scored += int((visits[b][table.node[b]] * table.num_slots[b]).sum())
     return {
         "parallel_steps": simulations + height,
         "sequential_steps_at_most": simulations * (height + 1),
-        "parallel_choices_scored": simulations * choices,
+        "parallel_choices_scored": (simulations + height) * int(table.slot_mask.sum()),
+        "sequential_choices_scored": scored,
+    }
+
+
+def scaling(quick: bool) -> dict[str, list[dict[str, float]]]:
+    """Building and searching in one call, along tasks, rollouts and simulations; with the peak
+    memory of the process so far.
+    """
+
+    def point(base, num_tasks: int, simulations: int) -> dict[str, float]:
+        keys, returns = base
+        pick = np.arange(num_tasks) % len(returns)
+        num_rollouts = returns.shape[1]
+        batch = (keys.step_keys[pick], keys.lengths[pick], returns[pick])
+        batch = jax.tree.map(jnp.asarray, batch)
+        max_nodes = min(MAX_NODES * num_rollouts // ROLLOUTS, 1 + num_rollouts * STEPS)
+
+        @jax.jit
+        @jax.vmap
+        def run(step_keys, lengths, returns):
+            tree = trees.build_tree(step_keys, lengths, returns, max_nodes=max_nodes)
+            found = search.run_mcts(tree, num_simulations=simulations)
+            return found.node_visits, tree.overflow
+
+        assert int(run(*batch)[1].max()) == 0
+        took = median_ms(lambda: jax.block_until_ready(run(*batch)), 1)
+        return {
+            "tasks": num_tasks,
+            "rollouts": num_rollouts,
+            "simulations": simulations,
+            "trajectories": num_tasks * num_rollouts,
+            "ms": took,
+            "peak_gib": peak_gib(),
+        }
+
+    def base(num_tasks: int, num_rollouts: int):
+        tasks, returns = make_tasks(num_tasks, num_rollouts=num_rollouts)
+        keys = trees.intern_steps(tasks, num_rollouts=num_rollouts, num_steps=STEPS)
+        return keys, returns
+
+    usual = base(512, ROLLOUTS)
+    sizes = [64, 512, 4096] if quick else [64, 512, 4096, 16384, 62500]
+    simulations = [64, 256] if quick else [64, 256, 1024, 4096]
+    rollouts = [16] if quick else [16, 64, 256, 1024]
+    return {
+        "simulations": [point(usual, 512, number) for number in simulations],
+        "rollouts": [point(base(64, number), 64, 256) for number in rollouts],
+        "tasks": [point(usual, size, 256) for size in sizes],
     }
 
 
@@ -277,6 +333,14 @@ def main() -> None:
         print("  " + ", ".join(f"{name} {value:.1f}" for name, value in result.items()))
     steps = count_steps(512, 256)
     print("  " + ", ".join(f"{name} {value}" for name, value in steps.items()))
+    curves = scaling(arguments.quick)
+    for name, curve in curves.items():
+        print(f"building and searching in one call, along {name}:")
+        for at in curve:
+            print(
+                "  {tasks:6d} tasks × {rollouts:4d} rollouts, {simulations:4d} simulations:"
+                " {ms:9.1f} ms, peak {peak_gib:.2f} GiB".format(**at)
+            )
     if arguments.json:
         main_setting = results["512x256"]
         ratios = {
@@ -284,7 +348,7 @@ def main() -> None:
             for peer in ("python", "mctx", "numba")
             if f"vs_{peer}" in main_setting
         }
-        data = {"ratios": ratios, "settings": results, "steps": steps}
+        data = {"ratios": ratios, "settings": results, "steps": steps, "scaling": curves}
         data["exact"] = {"equal": exact, "of": len(exact_tasks)}
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump(data, file, indent=2)

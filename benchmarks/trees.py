@@ -27,15 +27,17 @@ from w2sjax import trees
 ROLLOUTS, STEPS, MAX_NODES = 16, 20, 256
 
 
-def make_tasks(num_tasks: int, seed: int = 0) -> tuple[list, np.ndarray]:
-    """Random trajectories as text: per task 16 lists of (action, observation), and returns [B,
+def make_tasks(
+    num_tasks: int, seed: int = 0, num_rollouts: int = ROLLOUTS
+) -> tuple[list, np.ndarray]:
+    """Random trajectories as text: per task R lists of (action, observation), and returns [B,
     R].
     """
     rng = np.random.default_rng(seed)
     tasks = []
     for _ in range(num_tasks):
         rollouts: list[list[tuple[str, str]]] = []
-        for r in range(ROLLOUTS):
+        for r in range(num_rollouts):
             length = int(rng.integers(8, STEPS + 1))
             old = rollouts[rng.integers(r)] if r else []
             shared = int(rng.integers(0, len(old) + 1)) if r else 0
@@ -53,7 +55,7 @@ def make_tasks(num_tasks: int, seed: int = 0) -> tuple[list, np.ndarray]:
         tasks.append(rollouts)
     # Fresh string objects, as they come from a file or an environment.
     tasks = [[[(f"{a}", f"{o}") for a, o in steps] for steps in rollouts] for rollouts in tasks]
-    return tasks, (rng.integers(0, 5, (num_tasks, ROLLOUTS)) / 4).astype(np.float32)
+    return tasks, (rng.integers(0, 5, (num_tasks, num_rollouts)) / 4).astype(np.float32)
 
 
 class Node:
@@ -151,6 +153,11 @@ def compare(num_tasks: int, repeats: int) -> dict[str, float]:
     return result
 
 
+def peak_gib() -> float:
+    """The most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def scaling(sizes: list[int]) -> list[dict[str, float]]:
     """The kernel on growing batches in one call each, with the peak memory of the process so
     far.
@@ -162,8 +169,7 @@ def scaling(sizes: list[int]) -> list[dict[str, float]]:
         pick = np.arange(size) % 512
         batch = jax.tree.map(jnp.asarray, (keys.step_keys[pick], keys.lengths[pick], returns[pick]))
         took = median_ms(lambda batch=batch: jax.block_until_ready(build_many(*batch)), 1)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        curve.append({"trajectories": size * ROLLOUTS, "ms": took, "peak_gib": peak})
+        curve.append({"trajectories": size * ROLLOUTS, "ms": took, "peak_gib": peak_gib()})
     return curve
 
 

@@ -29,7 +29,7 @@ from w2sjax.chat import ChatTemplate, load_tokenizer, save_tokenizer, train_bpe
 from w2sjax.config import PREFERENCE_METHODS, SFT_METHODS, validate
 from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import forest as forests
-from w2sjax.pipeline.jobs import EPISODES, Jobs, read_episodes, to_pairs, to_sequences
+from w2sjax.pipeline.episodes import EPISODES, Episodes, read_episodes
 from w2sjax.pipeline.manifests import (
     Stage,
     claim_workdir,
@@ -39,6 +39,7 @@ from w2sjax.pipeline.manifests import (
     stage_key,
     write_json,
 )
+from w2sjax.pipeline.training import Training, to_pairs, to_sequences
 from w2sjax.sampling import EpisodeRequest, read_trajectories
 from w2sjax.types import Trajectory
 
@@ -81,8 +82,8 @@ def run(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     try:
-        with contextlib.closing(Jobs(config)) as jobs:
-            return _Run(config, settings, workdir, cache, jobs).all_stages()
+        with contextlib.closing(Episodes(config)) as episodes:
+            return _Run(config, settings, workdir, cache, episodes).all_stages()
     except USER_ERRORS as error:
         log = workdir / "error.log"
         log.write_text(traceback.format_exc())
@@ -124,13 +125,16 @@ def cache_directory(config: ml_collections.ConfigDict) -> Path:
 class _Run:
     """One run of the main job: settings, places, and the stages done so far."""
 
-    def __init__(self, config, settings: dict[str, Any], workdir: Path, cache: Path, jobs: Jobs):
+    def __init__(
+        self, config, settings: dict[str, Any], workdir: Path, cache: Path, episodes: Episodes
+    ):
         self.config = config
         self.settings = settings  # the config as JSON values
         self.workdir = workdir
         self.cache = cache
         self.stages: list[Stage] = []
-        self.jobs = jobs
+        self.episodes = episodes
+        self.training = Training(config)
         self.room: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------ the order
@@ -178,7 +182,7 @@ class _Run:
 
         def make(directory: Path) -> dict[str, Any]:
             sequences, too_long = self._sequences(read_episodes(demonstrations))
-            return self.jobs.fit_sft(
+            return self.training.fit_sft(
                 directory,
                 "weak policy",
                 *self._model("weak", base),
@@ -246,14 +250,14 @@ class _Run:
     def _make_transcripts(self, directory: Path) -> dict[str, Any]:
         """Unlabelled play of mixed skill, and the tokenizer trained on its text."""
         c = self.config.pretrain
-        with self.jobs.pool(slots=max(1, self.config.env.workers)) as pool:
+        with self.episodes.pool(slots=max(1, self.config.env.workers)) as pool:
             rng = random.Random(c.seed)
             requests = [
                 PlayRequest(task, rng.uniform(c.random_low, c.random_high), c.seed + copy)
                 for task in pool.task_ids("pretrain", c.tasks)
                 for copy in range(c.per_task)
             ]
-            facts = self.jobs.play(directory, pool, requests, policy_name="player")
+            facts = self.episodes.play(directory, pool, requests, policy_name="player")
         texts = []
         for episode in read_trajectories(directory / EPISODES):
             texts += [episode.instruction, episode.first_observation]
@@ -268,11 +272,11 @@ class _Run:
             read_episodes(transcripts), all_tokens=c.loss_on == "all"
         )
         vocab_size = self.template.vocab_size
-        return self.jobs.fit_sft(
+        return self.training.fit_sft(
             directory,
             f"pretraining, {which}",
-            self.jobs.policy(which, vocab_size),
-            self.jobs.init(which, vocab_size, c.seed),
+            self.training.policy(which, vocab_size),
+            self.training.init(which, vocab_size, c.seed),
             sequences,
             steps=c[f"{which}_steps"],
             learning_rate=c.learning_rate,
@@ -284,15 +288,15 @@ class _Run:
 
     def _make_expert_episodes(self, split: str, count: int, directory: Path) -> dict[str, Any]:
         c = self.config
-        with self.jobs.pool(slots=max(1, c.env.workers)) as pool:
+        with self.episodes.pool(slots=max(1, c.env.workers)) as pool:
             requests = [PlayRequest(task, 0.0, c.seed) for task in pool.task_ids(split, count)]
-            return self.jobs.play(directory, pool, requests, policy_name="expert")
+            return self.episodes.play(directory, pool, requests, policy_name="expert")
 
     def _make_rollouts(self, weak: Stage, directory: Path) -> dict[str, Any]:
         c = self.config
-        with self.jobs.pool(slots=c.sampler.slots) as pool:
+        with self.episodes.pool(slots=c.sampler.slots) as pool:
             tasks = pool.task_ids("train", c.tasks.train)
-            return self.jobs.sample(
+            return self.episodes.sample(
                 directory,
                 "weak rollouts",
                 self.template,
@@ -345,7 +349,7 @@ class _Run:
                 with np.load(targets.directory / f"{target}.npz") as arrays:
                     weights = arrays["step_weights"]
             sequences, too_long = self._sequences(read_episodes(episodes), step_weights=weights)
-            return self.jobs.fit_sft(
+            return self.training.fit_sft(
                 directory,
                 f"training, {stage_name}",
                 *self._model("strong", strong),
@@ -374,7 +378,7 @@ class _Run:
                 pairs, too_long = to_pairs(
                     self.template, read_episodes(rollouts), c.models.max_length, dict(arrays)
                 )
-            return self.jobs.fit_preference(
+            return self.training.fit_preference(
                 directory,
                 f"training, {name}",
                 *self._model("strong", reference),
@@ -393,10 +397,10 @@ class _Run:
         c = self.config
 
         def make(directory: Path) -> dict[str, Any]:
-            with self.jobs.pool(slots=c.sampler.slots) as pool:
+            with self.episodes.pool(slots=c.sampler.slots) as pool:
                 tasks = list(pool.task_ids(c.tasks.held_out_split, c.tasks.held_out))
                 write_json(directory / "tasks.json", tasks)
-                return self.jobs.sample(
+                return self.episodes.sample(
                     directory,
                     f"evaluating, {name} ({mode})",
                     self.template,
@@ -489,7 +493,7 @@ class _Run:
         return self._stage(name, fields, inputs, make, directory=self.cache / f"{name}-{key}")
 
     def _chosen(self, fields: tuple[str, ...]) -> dict[str, Any]:
-        runtime = {"backend": jax.default_backend(), "mesh": dict(self.jobs.mesh.shape)}
+        runtime = {"backend": jax.default_backend(), "mesh": dict(self.training.mesh.shape)}
         return {"runtime": runtime} | {
             field: functools.reduce(dict.__getitem__, field.split("."), self.settings)
             for field in fields
@@ -498,7 +502,7 @@ class _Run:
     def _model(self, which: str, stage: Stage):
         """(policy, params) of a finished stage."""
         vocab_size = self.template.vocab_size
-        return self.jobs.policy(which, vocab_size), self.jobs.load(which, vocab_size, stage)
+        return self.training.policy(which, vocab_size), self.training.load(which, vocab_size, stage)
 
     def _sequences(self, episodes: list[Trajectory], **options: Any):
         return to_sequences(self.template, episodes, self.config.models.max_length, **options)

@@ -14,7 +14,7 @@ from w2sjax.trees.build import end_values
 from w2sjax.trees.compress import compress_chains
 from w2sjax.types import TrajectoryTree
 
-FORMS = ("auto", "parallel", "sequential")
+FORMS = ("parallel", "sequential")
 _LARGE = 2048  # branchings in a batch from which a second program, for what is usual, pays
 
 
@@ -40,7 +40,7 @@ def run_mcts(
     discount: float = 1.0,
     stop_as_child: bool = True,
     priors: chex.Array | None = None,
-    form: str = "auto",
+    form: str = "parallel",
 ) -> SearchResult:
     """Runs simulations of UCT (or PUCT) on the tree and returns what they left.
 
@@ -64,8 +64,9 @@ def run_mcts(
       stop_as_child: False ignores ends at inner nodes, as the paper's reference code does.
       priors: float [N], prior of the step into each node (`step_priors`); turns on PUCT. The prior
         of stopping is what is left over, 1 − Σ priors of the children, not below 0.
-      form: "parallel", "sequential", or "auto", which is parallel unless the record of a single
-        tree would be too large. The forms differ in speed and memory, not in result.
+      form: "parallel" plays all branchings at once, in k + height steps; "sequential" one
+        simulation after the other. They differ in speed, not in result; the parallel form is the
+        faster one on every backend and size that was measured (`benchmarks/search.py`).
 
     Returns:
       `SearchResult`; all zeros for a tree without trajectories.

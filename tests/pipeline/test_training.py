@@ -1,9 +1,8 @@
-"""From episodes to examples, DPO's frozen start, and files of episodes that were cut off."""
+"""From episodes to examples, and DPO's frozen start."""
 
 import dataclasses
 import json
 import math
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,10 +13,9 @@ from w2sjax.chat import ChatTemplate, format_answer, train_bpe
 from w2sjax.checkpoints import load_params
 from w2sjax.config import default_config
 from w2sjax.envs import EnvPool, PlayRequest
-from w2sjax.pipeline import jobs as pipeline_jobs
-from w2sjax.pipeline.jobs import Jobs, to_pairs, to_sequences
-from w2sjax.sampling import play_episodes, read_trajectories
-from w2sjax.types import Status, Step, Trajectory
+from w2sjax.pipeline.training import Training, to_pairs, to_sequences
+from w2sjax.sampling import play_episodes
+from w2sjax.types import Status, Step
 
 END = "<|end|>"
 NO_LIMIT = 10_000
@@ -205,7 +203,7 @@ def test_pairs_with_a_side_too_long_are_left_out_and_counted(template, parting):
 
 
 @pytest.fixture(scope="module")
-def tiny_jobs():
+def tiny_training():
     """A tiny model; its programs run a few times only, so they are compiled in haste."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
@@ -218,7 +216,7 @@ def tiny_jobs():
     c.train.chosen_sft_weight = 0.0
     c.train.preference_learning_rate = 3e-2
     c.train.warmup_steps = 0
-    yield Jobs(c)
+    yield Training(c)
     jax.config.update("jax_disable_most_optimizations", before)
 
 
@@ -234,14 +232,14 @@ def some_pairs(count, vocab_size):
     return [PairSequences(chosen=side(c, 4), rejected=side(c, 7)) for c in contexts]
 
 
-def test_dpo_starts_at_log_2_and_leaves_its_reference_alone(tiny_jobs, tmp_path):
+def test_dpo_starts_at_log_2_and_leaves_its_reference_alone(tiny_training, tmp_path):
     vocab_size, steps = 32, 4
-    params = tiny_jobs.init("strong", vocab_size, seed=0)
+    params = tiny_training.init("strong", vocab_size, seed=0)
     before = jax.tree.map(np.array, params)
-    facts = tiny_jobs.fit_preference(
+    facts = tiny_training.fit_preference(
         tmp_path,
         "training, dpo",
-        tiny_jobs.policy("strong", vocab_size),
+        tiny_training.policy("strong", vocab_size),
         params,
         some_pairs(3, vocab_size),
         steps=steps,
@@ -263,135 +261,18 @@ def test_dpo_starts_at_log_2_and_leaves_its_reference_alone(tiny_jobs, tmp_path)
 
 
 @pytest.mark.parametrize(("too_long", "says"), [(0, "no example"), (7, "all 7 examples")])
-def test_a_stage_without_examples_names_itself_and_its_source(tiny_jobs, tmp_path, too_long, says):
-    policy = tiny_jobs.policy("strong", 32)
+def test_a_stage_without_examples_names_itself_and_its_source(
+    tiny_training, tmp_path, too_long, says
+):
+    policy = tiny_training.policy("strong", 32)
     common = dict(seed=0, source="the target tree_dpo", too_long=too_long)
     with pytest.raises(ValueError) as preference:
-        tiny_jobs.fit_preference(tmp_path, "training, x", policy, None, [], steps=2, **common)
+        tiny_training.fit_preference(tmp_path, "training, x", policy, None, [], steps=2, **common)
     with pytest.raises(ValueError) as sft:
-        tiny_jobs.fit_sft(
+        tiny_training.fit_sft(
             tmp_path, "training, x", policy, None, [], steps=2, learning_rate=1e-3, rows=1, **common
         )
     for caught in (preference, sft):
         for text in ("stage training, x", "the target tree_dpo", says):
             assert text in str(caught.value)
     assert not list(tmp_path.iterdir())
-
-
-# ------------------------------------------------------------------------------------ blocks
-
-
-class Asked(NamedTuple):
-    """A request."""
-
-    task_id: str
-
-
-TASKS = ("a", "a", "b", "a", "b", "c", "a", "c")
-NUMBERS = (0, 1, 0, 2, 1, 0, 3, 1)  # how many times the task came before
-BLOCK = 3
-
-
-class Maker:
-    """Makes episodes that say in which call they were made, the last one first."""
-
-    def __init__(self, fail_at=None):
-        self.starts = []
-        self.fail_at = fail_at
-
-    def __call__(self, block, done):
-        if done == self.fail_at:
-            raise ConnectionError("cut off")
-        self.starts.append(done)
-        assert [r.task_id for r in block] == list(TASKS[done : done + BLOCK])
-        made = [
-            Trajectory(
-                task_id=request.task_id,
-                rollout=number,
-                env="e",
-                policy="p",
-                seed=done,
-                instruction="",
-                first_observation=f"{request.task_id}, {number}",
-                steps=(Step("Action: x", "x", "seen"),),
-                status=Status.FAILED,
-                score=0.0,
-            )
-            for request, number in zip(block, NUMBERS[done : done + BLOCK], strict=True)
-        ]
-        return made[::-1]
-
-
-def in_blocks(path, make):
-    return pipeline_jobs._in_blocks(path, [Asked(task) for task in TASKS], BLOCK, make)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    path = tmp_path_factory.mktemp("whole") / "episodes.jsonl"
-    make = Maker()
-    episodes = in_blocks(path, make)
-    assert make.starts == [0, 3, 6]
-    assert [(t.task_id, t.rollout) for t in episodes] == list(zip(TASKS, NUMBERS, strict=True))
-    assert read_trajectories(path) == episodes
-    return path.read_bytes()
-
-
-@pytest.mark.parametrize("torn", [False, True])
-@pytest.mark.parametrize("lines", range(len(TASKS) + 1))
-def test_whole_blocks_stay_and_a_partial_one_is_repeated(uninterrupted, tmp_path, lines, torn):
-    path = tmp_path / "episodes.jsonl"
-    written = uninterrupted.splitlines(keepends=True)
-    rest = written[lines][:40] if torn and lines < len(TASKS) else b""
-    path.write_bytes(b"".join(written[:lines]) + rest)
-    make = Maker()
-    episodes = in_blocks(path, make)
-    done = lines == len(TASKS)
-    assert make.starts == ([] if done else list(range(lines // BLOCK * BLOCK, len(TASKS), BLOCK)))
-    assert path.read_bytes() == uninterrupted
-    assert read_trajectories(path) == episodes
-    assert [p.name for p in tmp_path.iterdir()] == ["episodes.jsonl"]
-
-
-def test_a_block_that_breaks_costs_only_itself(uninterrupted, tmp_path):
-    path = tmp_path / "episodes.jsonl"
-    with pytest.raises(ConnectionError):
-        in_blocks(path, Maker(fail_at=3))
-    assert len(read_trajectories(path)) == BLOCK
-    make = Maker()
-    in_blocks(path, make)
-    assert make.starts == [3, 6] and path.read_bytes() == uninterrupted
-
-
-def test_played_rollouts_are_numbered_across_blocks(tmp_path, monkeypatch):
-    """Copies of a task in several blocks, whole and cut off, give the file of one large block."""
-    c = default_config()
-    c.env.options.update(HOUSEHOLD)
-    c.mesh.data = 1
-    jobs = Jobs(c)
-
-    def play(name, block, written=None):
-        monkeypatch.setattr(pipeline_jobs, "_PLAYED_BLOCK", block)
-        directory = tmp_path / name
-        directory.mkdir()
-        if written is not None:
-            (directory / "episodes.jsonl").write_bytes(written)
-        with jobs.pool(slots=1) as pool:
-            x, y, z = pool.task_ids("train", 3)
-            requests = [
-                PlayRequest(task, 0.3, seed=seed)
-                for seed, task in enumerate([x, x, x, y, z, y, x, z])
-            ]
-            facts = jobs.play(directory, pool, requests, policy_name="player")
-        assert (facts["episodes"], facts["unscored"]) == (8, 0)
-        return directory / "episodes.jsonl", requests
-
-    path, requests = play("one_block", 256)
-    whole = path.read_bytes()
-    episodes = read_trajectories(path)
-    assert [t.task_id for t in episodes] == [r.task_id for r in requests]
-    assert [t.seed for t in episodes] == list(range(8))
-    assert [t.rollout for t in episodes] == [0, 1, 2, 0, 0, 1, 3, 1]
-    assert play("blocks", 2)[0].read_bytes() == whole
-    cut = b"".join(whole.splitlines(keepends=True)[:5]) + b'{"format": 1, "task'
-    assert play("cut", 2, cut)[0].read_bytes() == whole
