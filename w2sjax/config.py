@@ -100,16 +100,14 @@ def default_config() -> ml_collections.ConfigDict:
     c.targets.pairing = "best_vs_each"  # which children are paired: or "best_vs_worst", "adjacent"
     c.targets.continuation = "to_end"  # what is compared below a parting: or "one_step"
     c.targets.max_pairs_per_task = 8  # dpo, randomly matched
-    c.targets.rejected_extra_steps = (
-        5  # a rejected side is cut to this many steps more than the chosen
-    )
+    # a rejected side is cut to this many steps more than the chosen
+    c.targets.rejected_extra_steps = 5
     c.targets.best_path_min_return = 0.0  # mcts leaves out trees whose best path returned no more
     c.targets.awr_beta = 0.2  # temperature of tree_awr's weights
     c.targets.awr_max_weight = 10.0  # they are clipped here
 
-    c.train = (
-        ml_collections.ConfigDict()
-    )  # one budget for every method: optimizer steps at equal batch
+    # one budget for every method: optimizer steps at equal batch
+    c.train = ml_collections.ConfigDict()
     c.train.steps = 600  # in all; a preference method's two phases add up to it
     c.train.preference_steps = 120  # of them, for dpo, tree_dpo and mcts_tree_dpo
     c.train.learning_rate = 1e-3

@@ -96,9 +96,8 @@ class TrajectoryTree:
     first_child: chex.Array  # int32 [N], −1 without children
     num_children: chex.Array  # int32 [N]
     representative: chex.Array  # int32 [N], lowest trajectory id through the node
-    trajectory_node: (
-        chex.Array
-    )  # int32 [R, T+1], node after t steps; −1 past the end (or past overflow)
+    # int32 [R, T+1], node after t steps; −1 past the end (or past overflow)
+    trajectory_node: chex.Array
     num_nodes: chex.Array  # int32 []
     overflow: chex.Array  # int32 [], nodes that did not fit; 0 when all did
 
@@ -115,16 +114,13 @@ class PackedBatch:
 
     tokens: chex.Array  # int32 [S, L]
     positions: chex.Array  # int32 [S, L], position of the token on its own path
-    subtree_end: (
-        chex.Array
-    )  # int32 [S, L], row index past the last token that may attend to this one
-    predecessor: (
-        chex.Array
-    )  # int32 [S, L], row index of the predicting token; 0 where loss_weight is 0 anyway
+    # int32 [S, L], row index past the last token that may attend to this one
+    subtree_end: chex.Array
+    # int32 [S, L], row index of the predicting token; 0 where loss_weight is 0 anyway
+    predecessor: chex.Array
     loss_weight: chex.Array  # float32 [S, L], 0 on what the agent did not say
-    sequence_id: (
-        chex.Array
-    )  # int32 [S, L], index of the token's sequence in the batch; −1 on padding
+    # int32 [S, L], index of the token's sequence in the batch; −1 on padding
+    sequence_id: chex.Array
 
 
 class Policy(NamedTuple):

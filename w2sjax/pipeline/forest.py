@@ -21,9 +21,8 @@ class Forest:
     """B trees and how their R rollouts relate to the E episodes they were built from."""
 
     tree: TrajectoryTree  # every field with a leading axis B
-    episode: (
-        np.ndarray
-    )  # int32 [B, R], index of the episode; −1 where a task has fewer than R scored ones
+    # int32 [B, R], index of the episode; −1 where a task has fewer than R scored ones
+    episode: np.ndarray
     length: np.ndarray  # int32 [B, R], steps
     score: np.ndarray  # float32 [B, R], returns
     success: np.ndarray  # bool [B, R]

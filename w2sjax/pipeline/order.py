@@ -1,7 +1,7 @@
 """The order of the stages.
 
-    transcripts → pretrained weak and strong model                 (cached, shared by seeds and
-    methods) demonstrations → weak policy → rollouts → trees → search → targets
+    transcripts → pretrained weak and strong model   (cached, shared by seeds and methods)
+    demonstrations → weak policy → rollouts → trees → search → targets
     targets → one trained model per method → episodes on held-out tasks → report
 
 Every stage reads directories and writes one, atomically, with a manifest: a matching manifest means

@@ -60,8 +60,7 @@ class TrainStep:
 
         Returns:
           The next state, and metrics: `loss`, `grad_norm` (before clipping), `learning_rate` (where
-            the optimizer
-          tells), and the loss's own.
+            the optimizer tells), and the loss's own.
 
         Raises:
           ValueError: where the batch's shape does not go with `accumulate` or the mesh.

@@ -204,9 +204,8 @@ def end_values(tree: TrajectoryTree) -> tuple[chex.Array, chex.Array]:
     """What ending at a node returns, float [N], and whether it is a place to end, bool [N].
 
     The mean return of the trajectories that end there. A leaf where none ends (its continuations
-    did not
-    fit: `overflow`) stands for the trajectories through it, with their mean return. Elsewhere 0
-      and False.
+    did not fit: `overflow`) stands for the trajectories through it, with their mean return.
+    Elsewhere 0 and False.
     """
     chex.assert_rank(tree.parent, 1)
     ended = tree.terminal_count > 0

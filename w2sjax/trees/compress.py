@@ -28,15 +28,13 @@ class BranchTable:
     slot_child: chex.Array  # int32 [S], branching that it leads to; −1 where it ends the path
     slot_value: chex.Array  # float [S], what the end returns; 0 where `slot_child` ≥ 0
     slot_steps: chex.Array  # int32 [S], steps to the end of the chain; 0 for stopping
-    slot_entry: (
-        chex.Array
-    )  # int32 [S], first node of the chain; the branching's own node for stopping
+    # int32 [S], first node of the chain; the branching's own node for stopping
+    slot_entry: chex.Array
     slot_end: chex.Array  # int32 [S], last node of the chain
     slot_stop: chex.Array  # bool [S]
     slot_mask: chex.Array  # bool [S]
-    chain_end: (
-        chex.Array
-    )  # int32 [N], last node of the chain that each node lies in (itself at its end)
+    # int32 [N], last node of the chain that each node lies in (itself at its end)
+    chain_end: chex.Array
     num_branchings: chex.Array  # int32 []
 
 
