@@ -110,6 +110,30 @@ def test_table_sizes_nested_vmap_and_single_trees_change_nothing(float32_case, m
         np.testing.assert_array_equal(x.reshape(y.shape), y)
 
 
+def test_compiled_once_per_shape_and_without_host_callbacks(float32_case):
+    tree, _, run, _ = float32_case
+    run(jax.tree.map(lambda x: x[::-1], tree))
+    assert run._cache_size() == 1
+    program = run.lower(tree).as_text()
+    assert "while" in program and "callback" not in program
+
+
+def test_spare_capacity_changes_nothing():
+    keys, lengths, returns, mask = random_sets(3, batch=8, rollouts=7, steps=6, alphabet=3)
+
+    @functools.partial(jax.jit, static_argnames="max_nodes")
+    @functools.partial(jax.vmap, in_axes=(0, 0, 0, 0, None))
+    def run(keys, lengths, returns, mask, max_nodes):
+        tree = trees.build_tree(keys, lengths, returns, max_nodes=max_nodes, mask=mask)
+        return search.run_mcts(tree, num_simulations=60), search.backup_max(tree)
+
+    tight = run(keys, lengths, returns, mask, NODES)
+    loose = run(keys, lengths, returns, mask, 2 * NODES)
+    for a, b in zip(jax.tree.leaves(tight), jax.tree.leaves(loose), strict=True):
+        np.testing.assert_array_equal(a, b[:, :NODES])
+        assert not np.asarray(b)[:, NODES:].any()
+
+
 @pytest.mark.parametrize("form", ["parallel", "sequential"])
 def test_a_thousand_rollouts_and_hundreds_of_choices(form):
     """Wide at the root, then deep: many sizes of tables, and more choices than one word holds."""
