@@ -31,6 +31,7 @@ from w2sjax.trees.compress import BranchTable
 
 _QUEUE = 2  # returns that a branching keeps ready; with one, every second step would be idle
 _NOTHING = -1
+_FEW = 2**14  # choices, padding included
 _UNROLLED = 4  # choices up to which code is written out row by row
 
 
@@ -43,8 +44,10 @@ class Group(NamedTuple):
 
 def general_groups(num_trees: int, num_branchings: int) -> tuple[Group, ...]:
     """Groups that hold whatever there may be: R trajectories make at most (R − 1) / (c − 1)
-    branchings of c choices.
+    branchings of c choices. One for all where they are few, since each takes time to compile.
     """
+    if num_trees * num_branchings * (num_branchings + 1) <= _FEW:
+        return (Group(num_branchings + 1, num_trees * num_branchings),)
     groups, least = [], 1
     for width in (2, 4, 8, *(8 * 4**i for i in range(1, 14))):
         groups.append(Group(width, num_trees * max(1, num_branchings // least)))
