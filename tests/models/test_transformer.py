@@ -166,6 +166,28 @@ def test_attend_equals_repeated_heads_in_numpy():
         np.testing.assert_allclose(actual[row, position, head], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", (5, 191, 400, 600))
+def test_blocks_of_long_rows_change_nothing(length):
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(2, length, 4, 8)).astype(np.float32)
+    key = rng.normal(size=(2, 2, 8, length)).astype(np.float32)
+    value = rng.normal(size=(2, 2, length, 8)).astype(np.float32)
+    ends = np.sort(rng.integers(0, length + 1, (2, length)), axis=1).astype(np.int32)
+    mask = attention.subtree_mask(ends)
+
+    def value_and_gradients(function):
+        return jax.value_and_grad(lambda *x: (function(*x, mask) ** 2).sum(), (0, 1, 2))(
+            query, key, value
+        )
+
+    chex.assert_trees_all_close(
+        jax.jit(lambda: value_and_gradients(attention.attend_backwards))(),
+        jax.jit(lambda: value_and_gradients(attention.attend))(),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
 def test_rotary_scores_depend_on_distance_only():
     query, key = np.random.default_rng(0).normal(size=(2, 1, 1, 8))
 

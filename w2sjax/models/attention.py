@@ -6,11 +6,14 @@ Shape letters are the project's (`w2sjax.types`), plus `M` (keys that may be att
 
 from __future__ import annotations
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
 
 _MASKED = -1e30  # finite, so that rows without any visible key stay finite too
+_BLOCK = 192  # least number of queries in a block of `attend_backwards`
 
 
 def rotary(values: chex.Array, positions: chex.Array, *, theta: float) -> chex.Array:
@@ -102,6 +105,30 @@ def attend(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Arr
     mixed = (mixed / total).reshape(rows, heads, length, width)
     mixed = jnp.where(mask.any(axis=-1)[:, None, :, None], mixed, 0.0)
     return jnp.swapaxes(mixed, 1, 2).astype(value.dtype)
+
+
+def attend_backwards(
+    query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array
+) -> chex.Array:
+    """`attend` within a row, where no query sees a later key: long rows take nearly half the work.
+
+    Queries go in blocks, each with the keys up to its own end alone.
+
+    Args:
+      query, key, value: as in `attend`, of the same L tokens.
+      mask: bool [S, L, L], False wherever the key is later than the query.
+
+    Returns:
+      float [S, L, H, E].
+    """
+    length = query.shape[1]
+    blocks = max(1, length // _BLOCK)
+    bounds = [length * block // blocks for block in range(blocks + 1)]
+    parts = [
+        attend(query[:, start:end], key[..., :end], value[:, :, :end], mask[:, start:end, :end])
+        for start, end in itertools.pairwise(bounds)
+    ]
+    return jnp.concatenate(parts, axis=1) if blocks > 1 else parts[0]
 
 
 def write_cache(

@@ -193,9 +193,11 @@ class Attention(nn.Module):
         value = self.value(x)
         if cache is None:
             keys, values = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
+            mixed = attention.attend_backwards(query, keys, values, mask)
         else:
             keys, values = cache = attention.write_cache(cache, key, value, positions, valid)
-        return self.output(attention.attend(query, keys, values, mask)), cache
+            mixed = attention.attend(query, keys, values, mask)
+        return self.output(mixed), cache
 
 
 class GatedMLP(nn.Module):
