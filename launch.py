@@ -1,6 +1,14 @@
 """Runs the main job: python launch.py --config=configs/household.py [--config.a.b=x]."""
 
+import os
 import sys
+
+# XLA on CPU allocates a program's temporary arrays anew at every call, and the kernel has to hand
+# over and clear every page. With huge pages that costs a fifth less time in training. glibc reads
+# this when a process starts, so the process starts once more.
+if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 from absl import app, flags, logging
 from ml_collections import config_flags

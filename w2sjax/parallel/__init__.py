@@ -1,6 +1,5 @@
-"""Device meshes, rules that split parameters over them, and the host. Knows no model."""
+"""Device meshes, and rules that split parameters over them. Knows no model."""
 
-from w2sjax.parallel.host import keep_freed_memory
 from w2sjax.parallel.mesh import AXES, batch_sharding, make_mesh, replicated
 from w2sjax.parallel.rules import (
     Rules,
@@ -16,7 +15,6 @@ __all__ = [
     "Rules",
     "batch_sharding",
     "init_sharded",
-    "keep_freed_memory",
     "make_mesh",
     "match_spec",
     "param_shardings",

@@ -24,7 +24,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from w2sjax import evaluate, parallel, report
+from w2sjax import evaluate, report
 from w2sjax.chat import ChatTemplate, load_tokenizer, save_tokenizer, train_bpe
 from w2sjax.config import PREFERENCE_METHODS, SFT_METHODS, validate
 from w2sjax.envs import PlayRequest, make_env
@@ -70,7 +70,6 @@ def run(
       FloatingPointError: a loss became NaN or infinite; the last good checkpoint is kept.
     """
     validate(config)
-    parallel.keep_freed_memory()
     _check_environment(config)
     settings = json.loads(config.to_json())
     for field in _HOW:
