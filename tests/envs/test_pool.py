@@ -247,10 +247,11 @@ def test_close_ends_all_processes_even_hanging_ones():
 
 
 PARENT = """
-import sys
+import signal
 from w2sjax.envs import EnvPool
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits deafness
     with EnvPool("faulty_envs:Faulty", {}, num_slots=1, num_workers=1) as pool:
         pool.reset({0: "a"})
         print(pool.step({0: "pid"})[0].observation, flush=True)
