@@ -15,7 +15,7 @@ from w2sjax.trees.compress import compress_chains
 from w2sjax.types import TrajectoryTree
 
 FORMS = ("parallel", "sequential")
-_LARGE = 2048  # branchings in a batch from which a second program, for what is usual, pays
+_LARGE = 128  # branchings in a batch from which a second program, for what is usual, pays
 
 
 @chex.dataclass(frozen=True)

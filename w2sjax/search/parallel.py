@@ -31,7 +31,7 @@ from w2sjax.trees.compress import BranchTable
 
 _QUEUE = 2  # returns that a branching keeps ready; with one, every second step would be idle
 _NOTHING = -1
-_FEW = 2**14  # choices, padding included
+_FEW = 2**11  # choices, padding included
 _UNROLLED = 4  # choices up to which code is written out row by row
 
 
