@@ -102,8 +102,9 @@ def test_table_sizes_nested_vmap_and_single_trees_change_nothing(float32_case, m
     alone = jax.jit(functools.partial(search.run_mcts, num_simulations=100))(single)
     for x, y in zip(jax.tree.leaves(alone), jax.tree.leaves(result), strict=True):
         np.testing.assert_array_equal(x, y[3])
-    # with tables of the usual sizes, as large batches have them
+    # with tables of the usual sizes, as large batches have them, and in parts, the last not full
     monkeypatch.setattr(mcts_module, "_LARGE", 0)
+    monkeypatch.setattr(mcts_module, "_CPU_PART", 6 * 25)
     nested = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), tree)
     run = jax.jit(jax.vmap(jax.vmap(functools.partial(search.run_mcts, num_simulations=100))))
     for x, y in zip(jax.tree.leaves(run(nested)), jax.tree.leaves(result), strict=True):

@@ -15,6 +15,8 @@ from w2sjax.trees.compress import compress_chains
 from w2sjax.types import TrajectoryTree
 
 FORMS = ("parallel", "sequential")
+# On CPU a batch is searched in parts whose state stays in the cache: this many branchings.
+_CPU_PART = 2**13
 _LARGE = 128  # branchings in a batch from which a second program, for what is usual, pays
 
 
@@ -86,7 +88,7 @@ def run_mcts(
         slot_priors = jnp.where(table.slot_stop, stop_prior, priors[table.slot_entry])
     search = batched(
         functools.partial(
-            _slot_visits,
+            _in_parts,
             num_simulations=num_simulations,
             exploration_weight=exploration_weight,
             discount=discount,
@@ -97,6 +99,27 @@ def run_mcts(
     )
     counts = search(jax.lax.stop_gradient((table, slot_priors)))
     return _expand(tree, table, counts, num_simulations, discount)
+
+
+def _in_parts(inputs, **options):
+    """`_slot_visits` of a batch, on CPU of one part after the other."""
+    num_trees, num_branchings = inputs[0].node.shape
+    number = 1
+    if jax.default_backend() == "cpu":
+        number = min(num_trees, -(-num_trees * num_branchings // _CPU_PART))
+    if number <= 1:
+        return _slot_visits(inputs, **options)
+    size = -(-num_trees // number)
+    padding = number * size - num_trees
+
+    def cut(x):
+        # Rows of zeros are trees without branchings.
+        x = jnp.concatenate([x, jnp.zeros((padding, *x.shape[1:]), x.dtype)])
+        return x.reshape(number, size, *x.shape[1:])
+
+    search = functools.partial(_slot_visits, **options)
+    counts = jax.lax.map(search, jax.tree.map(cut, inputs))
+    return counts.reshape(number * size, *counts.shape[2:])[:num_trees]
 
 
 def _slot_visits(inputs, *, num_simulations, exploration_weight, discount, form, max_depth):
