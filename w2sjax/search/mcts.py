@@ -67,8 +67,8 @@ def run_mcts(
       priors: float [N], prior of the step into each node (`step_priors`); turns on PUCT. The prior
         of stopping is what is left over, 1 − Σ priors of the children, not below 0.
       form: "parallel" plays all branchings at once, in k + height steps; "sequential" one
-        simulation after the other. They differ in speed, not in result; the parallel form is the
-        faster one on every backend and size that was measured (`benchmarks/search.py`).
+        simulation after the other. They differ in speed, not in result; on CPU the parallel form
+        was the faster one at every size tried (`benchmarks/search.py`).
 
     Returns:
       `SearchResult`; all zeros for a tree without trajectories.
