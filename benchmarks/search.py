@@ -19,6 +19,7 @@ import functools
 import json
 import math
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault(
     "XLA_FLAGS", f"--xla_force_host_platform_device_count={min(os.cpu_count() or 1, 2)}"
@@ -270,9 +271,9 @@ def count_steps(num_tasks: int, simulations: int) -> dict[str, int]:
     }
 
 
-def scaling(quick: bool) -> dict[str, list[dict[str, float]]]:
-    """Building and searching in one call, along tasks, rollouts and simulations; with the peak
-    memory of the process so far.
+def scaling(quick: bool) -> Iterator[tuple[str, dict[str, float]]]:
+    """Building and searching in one call, along tasks, rollouts and simulations: the points of
+    each curve, with the peak memory of the process so far.
     """
 
     def point(base, num_tasks: int, simulations: int) -> dict[str, float]:
@@ -310,11 +311,9 @@ def scaling(quick: bool) -> dict[str, list[dict[str, float]]]:
     sizes = [64, 512, 4096] if quick else [64, 512, 4096, 16384, 62500]
     simulations = [64, 256] if quick else [64, 256, 1024, 4096]
     rollouts = [16] if quick else [16, 64, 256, 1024]
-    return {
-        "simulations": [point(usual, 512, number) for number in simulations],
-        "rollouts": [point(base(64, number), 64, 256) for number in rollouts],
-        "tasks": [point(usual, size, 256) for size in sizes],
-    }
+    yield from (("simulations", point(usual, 512, number)) for number in simulations)
+    yield from (("rollouts", point(base(64, number), 64, 256)) for number in rollouts)
+    yield from (("tasks", point(usual, size, 256)) for size in sizes)
 
 
 def main() -> None:
@@ -334,17 +333,18 @@ def main() -> None:
         result = compare(num_tasks, simulations, 3)
         results[f"{num_tasks}x{simulations}"] = result
         print(f"{num_tasks} tasks × {simulations} simulations on {len(jax.devices())} devices:")
-        print("  " + ", ".join(f"{name} {value:.1f}" for name, value in result.items()))
+        print("  " + ", ".join(f"{name} {value:.1f}" for name, value in result.items()), flush=True)
     steps = count_steps(512, 256)
     print("  " + ", ".join(f"{name} {value}" for name, value in steps.items()))
-    curves = scaling(arguments.quick)
-    for name, curve in curves.items():
-        print(f"building and searching in one call, along {name}:")
-        for at in curve:
-            print(
-                "  {tasks:6d} tasks × {rollouts:4d} rollouts, {simulations:4d} simulations:"
-                " {ms:9.1f} ms, peak {peak_gib:.2f} GiB".format(**at)
-            )
+    print("building and searching in one call:")
+    curves: dict[str, list[dict[str, float]]] = {}
+    for along, at in scaling(arguments.quick):
+        curves.setdefault(along, []).append(at)
+        print(
+            "  along {along}: {tasks:6d} tasks × {rollouts:4d} rollouts, {simulations:4d}"
+            " simulations: {ms:9.1f} ms, peak {peak_gib:.2f} GiB".format(along=along, **at),
+            flush=True,
+        )
     if arguments.json:
         main_setting = results["512x256"]
         ratios = {

@@ -1,7 +1,13 @@
 """The table says what the numbers say, and untrusted text stays text."""
 
 from w2sjax.evaluate import compare, task_scores
-from w2sjax.report import build_report, interval_text, render_markdown, terminal_tables
+from w2sjax.report import (
+    build_report,
+    interval_text,
+    left_out,
+    render_markdown,
+    terminal_tables,
+)
 from w2sjax.types import Status, Trajectory
 
 
@@ -67,3 +73,17 @@ def test_text_in_cells_is_escaped():
         },
     )
     assert "<script>" not in render_markdown(made)
+
+
+def test_all_that_stages_left_out_is_counted():
+    facts = {
+        "rollouts": {"statuses": {"token_limit": 3, "success": 5}, "unscored": 0},
+        "train/dpo": {"left_out_too_long": 4},
+        "targets": {"tree_dpo": {"below_gap": 2, "pairs": 9}, "mcts": {"over_node_cap": 0}},
+        "search": {"trees": 7},
+    }
+    assert left_out(facts) == {
+        "rollouts: token limit": 3,
+        "train/dpo: left out too long": 4,
+        "tree_dpo: below gap": 2,
+    }

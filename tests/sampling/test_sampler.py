@@ -238,7 +238,9 @@ def test_resizing_the_cache_changes_no_token(monkeypatch):
 def test_shapes_are_compiled_once():
     fake = HashPolicy()
     for num_turns in (1, 3):
-        sampler = make_sampler(fake.policy, _settings(), num_slots=2)  # a second one is free
+        # A second sampler is free, at other temperatures too.
+        settings = _settings(temperature=0.5 * num_turns, top_p=1 - 0.1 * num_turns)
+        sampler = make_sampler(fake.policy, settings, num_slots=2)
         state = sampler.init()
         for turn in range(num_turns):
             chunk = np.full((2, 4), 4 + turn)
@@ -252,11 +254,10 @@ def test_draws_follow_temperature_and_top_p():
     logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -30.0])
     keys = _keys(*range(20_000))
     rows = np.broadcast_to(np.float32(logits), (20_000, 6))
-    draw = jax.jit(sampler_lib._draw, static_argnums=2)
+    draw = jax.jit(sampler_lib._draw)
     uniform = sampler_lib._uniforms(keys, count=2)[:, 1]
     for temperature, top_p, kept in ((0.5, 1.0, 6), (1.0, 0.8, 3), (2.0, 0.1, 1)):
-        settings = _settings(temperature=temperature, top_p=top_p)
-        tokens, logp = draw(rows, uniform, settings)
+        tokens, logp = draw(rows, uniform, np.float32(temperature), np.float32(top_p))
         probs = np.exp(logits / temperature)
         probs[kept:] = 0.0
         probs /= probs.sum()

@@ -424,23 +424,6 @@ class _Run:
             mode: evaluate.compare(by_method, num_resamples=c.evaluate.bootstrap)
             for mode, by_method in scores.items()
         }
-        left_out = {}
-        for stage in self.stages:
-            facts = stage_facts(stage)
-            facts["token_limit"] = facts.get("statuses", {}).get("token_limit", 0)
-            for key in ("left_out_too_long", "unscored", "token_limit", "malformed_answers"):
-                if facts.get(key):
-                    left_out[f"{stage.name}: {key.replace('_', ' ')}"] = facts[key]
-            if stage.name == "targets":
-                for target, counts in facts.items():
-                    for key in (
-                        "left_out_episodes",
-                        "below_gap",
-                        "over_node_cap",
-                        "over_max_pairs",
-                    ):
-                        if isinstance(counts, dict) and counts.get(key):
-                            left_out[f"{target}: {key.replace('_', ' ')}"] = counts[key]
         record = report.build_report(
             comparisons,
             headline=c.evaluate.headline,
@@ -452,7 +435,9 @@ class _Run:
                 "held_out": c.tasks.held_out,
                 "split": c.tasks.held_out_split,
                 "train_steps": c.train.steps,
-                "left_out": left_out,
+                "left_out": report.left_out(
+                    {stage.name: stage_facts(stage) for stage in self.stages}
+                ),
             },
         )
         write_json(self.workdir / "report.json", record)

@@ -1,12 +1,19 @@
 """What people read: progress while a run goes on, tables when it is done."""
 
 from w2sjax.report.progress import CONSOLE, progress_bar
-from w2sjax.report.tables import build_report, interval_text, render_markdown, terminal_tables
+from w2sjax.report.tables import (
+    build_report,
+    interval_text,
+    left_out,
+    render_markdown,
+    terminal_tables,
+)
 
 __all__ = [
     "CONSOLE",
     "build_report",
     "interval_text",
+    "left_out",
     "progress_bar",
     "render_markdown",
     "terminal_tables",

@@ -52,6 +52,23 @@ def build_report(
     }
 
 
+def left_out(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """What the stages skipped or could not score: "stage: what" → how many, zeros left away.
+
+    Args:
+      facts: stage name → the facts of its manifest; those of stage "targets" are by target.
+    """
+    counts = {}
+    for name, found in facts.items():
+        limited = {"token_limit": found.get("statuses", {}).get("token_limit", 0)}
+        for what in ("left_out_too_long", "unscored", "token_limit", "malformed_answers"):
+            counts[name, what] = (found | limited).get(what, 0)
+    for target, found in facts.get("targets", {}).items():
+        for what in ("left_out_episodes", "below_gap", "over_node_cap", "over_max_pairs"):
+            counts[target, what] = found.get(what, 0) if isinstance(found, Mapping) else 0
+    return {f"{name}: {what.replace('_', ' ')}": n for (name, what), n in counts.items() if n}
+
+
 def interval_text(
     interval: Mapping[str, Any] | None, *, signed: bool = False, digits: int = 3
 ) -> str:

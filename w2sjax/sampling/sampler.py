@@ -104,7 +104,7 @@ class Sampler:
     turn: Callable[..., tuple[SlotState, TurnResult]]
 
 
-def _nucleus(probs: chex.Array, top_p: float) -> chex.Array:
+def _nucleus(probs: chex.Array, top_p: chex.Numeric) -> chex.Array:
     """Zeroes all but the smallest most likely set with at least `top_p` of the mass.
 
     The set is {p >= t} for the largest t that leaves enough mass. Float bits of non-negative
@@ -184,20 +184,23 @@ def _uniforms(keys: chex.PRNGKey, *, count: int) -> chex.Array:
 
 
 def _draw(
-    logits: chex.Array, uniform: chex.Array, settings: SamplerSettings
+    logits: chex.Array, uniform: chex.Array, temperature: chex.Numeric, top_p: chex.Numeric
 ) -> tuple[chex.Array, chex.Array]:
     """Draws one token per slot: (tokens int32 [S], untempered log-probabilities float32 [S]).
 
     One random number per slot, `uniform` float32 [S], decides (the Gumbel trick would need V).
+    Temperature and top-p are data, so that one compiled program serves all of them.
     """
-    if settings.temperature == 0.0:
-        tokens = jnp.argmax(logits, axis=-1)
-    else:
-        probs = jax.nn.softmax(logits / settings.temperature, axis=-1)
-        if settings.top_p < 1.0:
-            probs = _nucleus(probs, settings.top_p)
-        tokens = _invert(probs, uniform)
-    tokens = tokens.astype(jnp.int32)
+
+    def sample():
+        probs = jax.nn.softmax(logits / temperature, axis=-1)
+        probs = jax.lax.cond(top_p < 1.0, lambda: _nucleus(probs, top_p), lambda: probs)
+        return _invert(probs, uniform).astype(jnp.int32)
+
+    def take_best():
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    tokens = jax.lax.cond(temperature == 0.0, take_best, sample)
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[:, None], axis=1)
     return tokens, logp[:, 0]
 
@@ -214,15 +217,20 @@ class _Progress:
 
 
 def _advance(
-    progress: _Progress, logits: chex.Array, uniforms: chex.Array, settings: SamplerSettings
+    progress: _Progress,
+    drawn: chex.Array,
+    logp: chex.Array,
+    *,
+    max_length: int,
+    stop_ids: tuple[int, ...],
 ) -> _Progress:
-    """Draws the next token of every slot that is still going."""
+    """Adds a drawn token to every slot that is still going."""
     going, before = progress.going, progress.result
-    drawn, logp = _draw(logits, uniforms[:, progress.step], settings)
+    max_new_tokens = before.tokens.shape[1]
     context = progress.context + going
-    stopped = going & (drawn[:, None] == np.asarray(settings.stop_ids, np.int32)).any(axis=-1)
-    full = going & ~stopped & (context >= settings.max_length)
-    goes_on = going & ~stopped & ~full & (progress.step + 1 < settings.max_new_tokens)
+    stopped = going & (drawn[:, None] == np.asarray(stop_ids, np.int32)).any(axis=-1)
+    full = going & ~stopped & (context >= max_length)
+    goes_on = going & ~stopped & ~full & (progress.step + 1 < max_new_tokens)
     result = TurnResult(
         tokens=before.tokens.at[:, progress.step].set(jnp.where(going, drawn, 0)),
         length=before.length + going,
@@ -262,7 +270,9 @@ def _append(
     return cache, logits, length, pending, played, wanted & ~played
 
 
-@functools.partial(jax.jit, static_argnames=("policy", "settings"), donate_argnames="cache")
+@functools.partial(
+    jax.jit, static_argnames=("policy", "max_length", "stop_ids"), donate_argnames="cache"
+)
 def _answer(
     params,
     cache,
@@ -272,14 +282,17 @@ def _answer(
     played,
     refused,
     uniforms,
+    temperature,
+    top_p,
     *,
     policy: Policy,
-    settings: SamplerSettings,
+    max_length: int,
+    stop_ids: tuple[int, ...],
 ):
     """Samples until every slot that plays is done: cache, context length, pending, result."""
     num_slots = length.shape[0]
     empty = TurnResult(
-        tokens=jnp.zeros((num_slots, settings.max_new_tokens), jnp.int32),
+        tokens=jnp.zeros(uniforms.shape, jnp.int32),
         length=jnp.zeros(num_slots, jnp.int32),
         logp=jnp.zeros(num_slots, jnp.float32),
         truncated=refused,
@@ -291,7 +304,8 @@ def _answer(
 
     def draw_and_feed(carry):
         progress, logits, cache = carry
-        progress = _advance(progress, logits, uniforms, settings)
+        drawn, logp = _draw(logits, uniforms[:, progress.step], temperature, top_p)
+        progress = _advance(progress, drawn, logp, max_length=max_length, stop_ids=stop_ids)
 
         def feed(cache):
             last = jnp.where(progress.going, 0, -1)
@@ -404,8 +418,11 @@ def make_sampler(policy: Policy, settings: SamplerSettings, *, num_slots: int) -
             played,
             refused,
             _uniforms(keys, count=settings.max_new_tokens),
+            np.float32(settings.temperature),
+            np.float32(settings.top_p),
             policy=policy,
-            settings=settings,
+            max_length=settings.max_length,
+            stop_ids=settings.stop_ids,
         )
         return SlotState(cache, length, pending, cache_length), result
 
