@@ -23,6 +23,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
         "rich>=13.0",
+        "safetensors>=0.5",
         "tokenizers>=0.22",
         "transformers>=5.0",
     ],
@@ -31,9 +32,11 @@ setup(
         "test": [
             "hypothesis>=6.100",
             "mctx>=0.0.6",
+            "peft>=0.19",
             "pytest>=8.0",
             "pytest-xdist>=3.6",
             "ruff>=0.14",
+            "torch==2.13.0",  # what transformers and peft compute with; the CPU build is enough
             *scienceworld,
         ],
     },

@@ -2,6 +2,7 @@
 
 import dataclasses
 import doctest
+import functools
 
 import chex
 import jax
@@ -11,10 +12,12 @@ import pytest
 
 from w2sjax.models import (
     PRESETS,
+    Lora,
     ModelConfig,
     Transformer,
     attention,
     init_params,
+    kernels,
     make_apply_fn,
     make_policy,
     preset,
@@ -124,17 +127,49 @@ def test_gradients_are_finite_and_blind_to_padding(params):
     chex.assert_trees_all_close(grad(params, tokens), gradients, atol=1e-6)
 
 
-def test_remat_changes_nothing(params):
+@pytest.mark.parametrize(
+    "changes",
+    [dict(remat="full"), dict(remat="dots"), dict(remat="attention"), dict(unroll=2)],
+    ids=str,
+)
+def test_what_is_kept_and_how_layers_loop_change_nothing(params, changes):
     tokens = _tokens((1, 8))
-    one_layer = dataclasses.replace(CONFIG, num_layers=1)
 
     def gradient(config):
         fn = make_apply_fn(config)
         return jax.jit(jax.grad(lambda p: (fn(p, tokens) ** 2).mean()))(params)
 
-    expected = gradient(one_layer)
-    actual = gradient(dataclasses.replace(one_layer, remat=True))
+    expected = gradient(CONFIG)
+    actual = gradient(dataclasses.replace(CONFIG, **changes))
     chex.assert_trees_all_close(actual, expected, atol=1e-5)
+
+
+def test_gradients_through_mixed_windows_equal_those_of_a_plain_loop():
+    config = dataclasses.replace(
+        CONFIG, window=3, local_layers=(True, False), local_rope_theta=500.0, remat="full"
+    )
+    params = jax.jit(lambda key: init_params(config, key))(jax.random.key(1))
+    tokens = _tokens((2, 6))
+
+    def looped(params, tokens):
+        """Layer by layer through the cached pass, which needs no choice by layer at run time."""
+        policy = make_policy(config)
+        rows, length = tokens.shape
+        logits, cache = [], policy.init_cache(rows, length)
+        for i in range(length):
+            start = jnp.full(rows, i, jnp.int32)
+            out, cache = policy.decode_fn(
+                params, cache, tokens[:, i : i + 1], start, jnp.zeros(rows, jnp.int32)
+            )
+            logits.append(out)
+        return jnp.stack(logits, axis=1)
+
+    def gradient(function):
+        return jax.jit(jax.grad(lambda p: (function(p, tokens) ** 2).mean()))(params)
+
+    chex.assert_trees_all_close(
+        gradient(make_apply_fn(config)), gradient(looped), atol=1e-5, rtol=1e-3
+    )
 
 
 def test_bfloat16_compute_keeps_float32_logits(params, apply_fn):
@@ -176,13 +211,12 @@ def test_blocks_of_long_rows_change_nothing(length):
     mask = attention.subtree_mask(ends)
 
     def value_and_gradients(function):
-        return jax.value_and_grad(lambda *x: (function(*x, mask) ** 2).sum(), (0, 1, 2))(
-            query, key, value
-        )
+        loss = jax.value_and_grad(lambda *x: (function(*x) ** 2).sum(), (0, 1, 2))
+        return jax.jit(loss)(query, key, value, mask)
 
     chex.assert_trees_all_close(
-        jax.jit(lambda: value_and_gradients(attention.attend_backwards))(),
-        jax.jit(lambda: value_and_gradients(attention.attend))(),
+        value_and_gradients(attention.attend_backwards),
+        value_and_gradients(attention.attend),
         rtol=1e-4,
         atol=1e-4,
     )
@@ -193,7 +227,16 @@ def test_rotary_scores_depend_on_distance_only():
 
     def score(i, j):
         turned = [
-            attention.rotary(jnp.float32(x)[None], jnp.array([[at]]), theta=100.0)
+            attention.rotate(
+                jnp.float32(x)[None, None],
+                attention.row_view(
+                    jnp.array([[at]]),
+                    None,
+                    frequencies=[1.0, 0.3, 0.1, 0.03],
+                    window=None,
+                    implementation="xla",
+                ),
+            )
             for x, at in ((query, i), (key, j))
         ]
         return float((turned[0] * turned[1]).sum())
@@ -259,24 +302,32 @@ def test_resize_keeps_positions():
 # --- configs and initial values -----------------------------------------------------------------
 
 
-def test_init_has_the_modules_own_shapes_and_deviations():
-    config = dataclasses.replace(CONFIG, width=64, num_layers=1, tie_embeddings=False)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(tie_embeddings=False),
+        dict(norm_plus_one=True, post_norms=True, qk_norm=True),
+        dict(qkv_bias=True, output_bias=True, mlp_bias=True, lora=Lora(8, targets=".")),
+    ],
+    ids=("plain", "gemma", "biases_and_adapters"),
+)
+def test_init_has_the_modules_own_shapes_and_deviations(changes):
+    config = dataclasses.replace(CONFIG, width=64, num_layers=1, **changes)
     rows = jnp.ones((1, 1), jnp.int32)
     params, own = jax.jit(
-        lambda key: (
-            init_params(config, key),
-            Transformer(config).init(key, rows, rows, rows)["params"],
-        )
+        lambda key: (init_params(config, key), Transformer(config).init(key, rows, rows, rows))
     )(jax.random.key(0))
+    own = own["params"] if config.lora is None else {"base": own["params"], "lora": own["lora"]}
     chex.assert_trees_all_equal_shapes_and_dtypes(params, own)
     for (path, mine), theirs in zip(
         jax.tree.leaves_with_path(params), jax.tree.leaves(own), strict=True
     ):
-        if mine.ndim == 1:
+        if float(theirs.std()) == 0:
             np.testing.assert_array_equal(mine, theirs)
         else:
-            assert float(mine.std() / theirs.std()) == pytest.approx(1, abs=0.08), path
-    assert sum(x.size for x in jax.tree.leaves(params)) == config.num_params
+            assert float(mine.std() / theirs.std()) == pytest.approx(1, abs=0.12), path
+    base = params if config.lora is None else params["base"]
+    assert sum(x.size for x in jax.tree.leaves(base)) == config.num_params
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -299,6 +350,12 @@ def test_presets_have_the_parameters_they_claim(name):
         ("norm_eps", -1.0),
         ("param_dtype", "auto"),
         ("compute_dtype", "float64"),
+        ("activation", "relu"),
+        ("remat", "some"),
+        ("attention", "flash"),
+        ("window", 0),
+        ("local_layers", (True,)),
+        ("local_rope_theta", 500.0),
     ],
 )
 def test_impossible_configs_name_the_field(field, value):
@@ -314,3 +371,54 @@ def test_examples_in_docstrings_hold():
 def test_unknown_preset_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"'huge'.*tiny"):
         preset("huge", vocab_size=10)
+
+
+# --- fused kernels ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["causal", "window", "mask", "softcap"])
+def test_splash_attention_equals_plain(case):
+    rng = np.random.default_rng(0)
+    length, window = 256, 70 if case == "window" else None
+    query = jnp.float32(rng.normal(size=(2, length, 4, 128)))
+    key, value = (jnp.float32(rng.normal(size=(2, length, 2, 128))) for _ in range(2))
+    softcap = 2.0 if case == "softcap" else None
+    ends = np.full((2, length), length)
+    if case == "mask":
+        ends = np.where(np.arange(length) < 100, 100, 220) * np.ones((2, 1), int)
+    mask = attention.subtree_mask(jnp.asarray(ends, jnp.int32))
+    index = np.arange(length)
+    if window is not None:
+        mask &= index[:, None] - index[None, :] < window
+    seen = np.asarray(mask).any(-1)[..., None, None]
+
+    def plain(query, key, value):
+        keys, values = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
+        return attention.attend(query, keys, values, mask, scale=0.1, softcap=softcap) * seen
+
+    def fused(query, key, value):
+        given = mask if case == "mask" else None
+        options = dict(window=window, scale=0.1, softcap=softcap, interpret=True)
+        return kernels.splash(query, key, value, mask=given, **options) * seen
+
+    def value_and_gradients(function):
+        return jax.value_and_grad(lambda *x: (function(*x) ** 2).mean(), (0, 1, 2))(
+            query, key, value
+        )
+
+    chex.assert_trees_all_close(
+        value_and_gradients(fused), value_and_gradients(plain), atol=2e-6, rtol=1e-3
+    )
+
+
+def test_attention_is_chosen_by_backend_and_never_silently():
+    resolve = functools.partial(attention.resolve, dtype=jnp.dtype("bfloat16"), softcap=None)
+    assert resolve("auto") == {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}[jax.default_backend()]
+    if jax.default_backend() == "cpu":
+        with pytest.raises(ValueError, match="'cudnn' needs a GPU"):
+            resolve("cudnn")
+        config = dataclasses.replace(CONFIG, attention="splash")
+        with pytest.raises(ValueError, match="'splash' needs a TPU"):
+            make_apply_fn(config)(init_params(config, jax.random.key(0)), _tokens((1, 8)))
+    with pytest.raises(ValueError, match="cannot cap scores"):
+        attention.resolve("cudnn", dtype=jnp.dtype("bfloat16"), softcap=3.0)

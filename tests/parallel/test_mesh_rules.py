@@ -49,8 +49,8 @@ EIGHT_DEVICES = """
             assert leaf.sharding == sharding
         step = jax.jit(value_and_grad, in_shardings=(shardings, batch_sharding(mesh)))
         results.append((params, *step(params, tokens)))
-    up = params["layers_0"]["mlp"]["up"]["kernel"]
-    assert up.addressable_shards[0].data.shape == (16, 16)
+    up = params["layers"]["mlp"]["up"]["kernel"]
+    assert up.addressable_shards[0].data.shape == (1, 16, 16)
     for other in results[1:]:
         for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

@@ -1,22 +1,29 @@
 """Models: a decoder-only transformer behind plain functions, and named shapes."""
 
+from w2sjax.models.config import Lora, ModelConfig, RopeScaling
+from w2sjax.models.hf import load_hf, read_config, save_hf
+from w2sjax.models.lora import load_peft, merge_lora, save_peft, without_adapters
+from w2sjax.models.policy import abstract_params, init_params, make_apply_fn, make_policy
 from w2sjax.models.presets import PRESETS, preset
-from w2sjax.models.transformer import (
-    PARTITION_RULES,
-    ModelConfig,
-    Transformer,
-    init_params,
-    make_apply_fn,
-    make_policy,
-)
+from w2sjax.models.transformer import PARTITION_RULES, Transformer
 
 __all__ = [
     "PARTITION_RULES",
     "PRESETS",
+    "Lora",
     "ModelConfig",
+    "RopeScaling",
     "Transformer",
+    "abstract_params",
     "init_params",
+    "load_hf",
+    "load_peft",
     "make_apply_fn",
     "make_policy",
+    "merge_lora",
     "preset",
+    "read_config",
+    "save_hf",
+    "save_peft",
+    "without_adapters",
 ]

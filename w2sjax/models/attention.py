@@ -1,4 +1,4 @@
-"""Attention: rotary positions, masks, and grouped-query attention in plain XLA.
+"""Attention: rotary positions, who sees whom, and grouped-query attention behind one function.
 
 Shape letters are the project's (`w2sjax.types`), plus `M` (keys that may be attended to), `C`
 (tokens of a chunk), `G` (query heads per key/value head; `H == K * G`) and `E` (width of one head).
@@ -6,35 +6,121 @@ Shape letters are the project's (`w2sjax.types`), plus `M` (keys that may be att
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
+from collections.abc import Sequence
 
 import chex
 import jax
 import jax.numpy as jnp
 
+from w2sjax.models import kernels
+
 _MASKED = -1e30  # finite, so that rows without any visible key stay finite too
 _BLOCK = 192  # least number of queries in a block of `attend_backwards`
 
 
-def rotary(values: chex.Array, positions: chex.Array, *, theta: float) -> chex.Array:
-    """Rotates pairs of features by an angle proportional to the token's position.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("positions", "cos", "sin", "mask", "valid"),
+    meta_fields=("window",),
+)
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Where tokens stand and what they see; from `row_view` or `cache_view`."""
 
-    Feature `e` is paired with feature `e + E/2` (the layout of Llama's Hugging Face checkpoints):
-    the pair turns by `position * theta ** (-2e / E)` (RoFormer, arXiv 2104.09864).
+    positions: chex.Array  # int32 [S, L]
+    cos: chex.Array  # float32 [S, L, E/2]
+    sin: chex.Array  # float32 [S, L, E/2]
+    mask: chex.Array | None  # bool [S, L, M]; None for causal rows of kernels that need no mask
+    valid: chex.Array | None  # bool [S, L], tokens to write into the cache; None without one
+    window: int | None  # how many tokens each sees, itself included; None for all
+
+
+Cache = tuple[chex.Array, chex.Array]  # keys float [S, K, E, M] and values float [S, K, M, E]
+
+
+def row_view(
+    positions: chex.Array,
+    subtree_end: chex.Array | None,
+    *,
+    frequencies: Sequence[float],
+    window: int | None,
+    implementation: str,
+) -> View:
+    """Tokens of a row that attend to earlier ones of the same row.
 
     Args:
-      values: float [S, L, ..., E], E even; any number of head axes between L and E.
       positions: int32 [S, L].
-      theta: base of the geometric series of wavelengths.
+      subtree_end: int32 [S, L], see `subtree_mask`; None where each row is one sequence.
+      frequencies: of the rotary pairs, E / 2 of them, in radians per position.
+      window: tokens further back than this, by position, are not seen; None for all.
+      implementation: what will attend, from `resolve`.
+
+    Returns:
+      A `View`.
+    """
+    mask = None
+    if implementation == "xla" or subtree_end is not None:
+        ends = subtree_end
+        if ends is None:
+            ends = jnp.full(positions.shape, positions.shape[1], jnp.int32)
+        mask = subtree_mask(ends)
+        if window is not None:
+            mask &= positions[:, :, None] - positions[:, None, :] < window
+    cos, sin = _angles(positions, frequencies)
+    return View(positions, cos, sin, mask, None, window)
+
+
+def cache_view(
+    positions: chex.Array,
+    valid: chex.Array,
+    *,
+    frequencies: Sequence[float],
+    window: int | None,
+    cache_length: int,
+) -> View:
+    """Tokens of a chunk that attend to what the cache holds, themselves included.
+
+    Args:
+      positions: int32 [S, C], increasing along C.
+      valid: bool [S, C], tokens that are written.
+      frequencies: of the rotary pairs, E / 2 of them, in radians per position.
+      window: tokens further back than this are not seen; None for all.
+      cache_length: positions that the cache holds (M).
+
+    Returns:
+      A `View`.
+    """
+    mask = cache_mask(positions, cache_length)
+    if window is not None:
+        past = positions[:, :, None] - jnp.arange(cache_length, dtype=jnp.int32)
+        mask &= past < window
+    cos, sin = _angles(positions, frequencies)
+    return View(positions, cos, sin, mask, valid, window)
+
+
+def _angles(positions: chex.Array, frequencies: Sequence[float]) -> tuple[chex.Array, chex.Array]:
+    """Cosines and sines of what each pair turns by, float32 [S, L, E/2]."""
+    angle = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(values: chex.Array, view: View) -> chex.Array:
+    """Rotates pairs of features by an angle proportional to the token's position.
+
+    Feature `e` is paired with feature `e + E/2`, the layout of Hugging Face checkpoints (RoFormer,
+    arXiv 2104.09864).
+
+    Args:
+      values: float [S, L, heads, E].
+      view: of the same tokens.
 
     Returns:
       Array of the shape and dtype of `values`; computed in float32.
     """
-    half = values.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions.astype(jnp.float32)[..., None] * frequency  # [S, L, E/2]
-    angle = angle.reshape(angle.shape[:2] + (1,) * (values.ndim - 3) + (half,))
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    cos, sin = view.cos[:, :, None], view.sin[:, :, None]
     first, second = jnp.split(values.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(values.dtype)
@@ -72,19 +158,68 @@ def cache_mask(position: chex.Array, cache_length: int) -> chex.Array:
     return jnp.arange(cache_length, dtype=jnp.int32)[None, None, :] <= position[:, :, None]
 
 
-def attend(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array) -> chex.Array:
+def attend_view(
+    query: chex.Array,
+    key: chex.Array,
+    value: chex.Array,
+    view: View,
+    *,
+    cache: Cache | None = None,
+    scale: float,
+    softcap: float | None = None,
+    implementation: str = "xla",
+) -> tuple[chex.Array, Cache | None]:
+    """The one way to attend: rotates queries and keys, then mixes the values that each token sees.
+
+    Args:
+      query: float [S, L, H, E].
+      key: float [S, L, K, E]; query head `h` reads key/value head `h // (H / K)`.
+      value: float [S, L, K, E].
+      view: where the tokens stand and what they see.
+      cache: keys and values so far; the tokens' own are written there first. Always plain XLA.
+      scale: multiplies the scores.
+      softcap: c, scores become c·tanh(score / c).
+      implementation: for rows, from `resolve`.
+
+    Returns:
+      float [S, L, H, E], and the updated cache where one was given.
+    """
+    query, key = rotate(query, view), rotate(key, view)
+    options = dict(scale=scale, softcap=softcap)
+    if cache is not None:
+        keys, values = cache = write_cache(cache, key, value, view.positions, view.valid)
+        return attend(query, keys, values, view.mask, **options), cache
+    seen = dict(mask=view.mask, window=view.window)
+    if implementation == "cudnn":
+        return kernels.cudnn(query, key, value, scale=scale, **seen), None
+    if implementation == "splash":
+        return kernels.splash(query, key, value, **seen, **options), None
+    keys, values = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
+    return attend_backwards(query, keys, values, view.mask, **options), None
+
+
+def attend(
+    query: chex.Array,
+    key: chex.Array,
+    value: chex.Array,
+    mask: chex.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> chex.Array:
     """Softmax attention with grouped queries; keys and values are never repeated per query head.
 
-    Scores are scaled by `E ** -0.5`; the softmax runs in float32. A query that may see no key at
-    all gets zeros, not NaN, and takes nothing from any value. Keys come transposed and the queries
-    of a group are one matrix: in that layout XLA on CPU runs both products fastest, and without a
-    copy of the cache.
+    The softmax runs in float32. A query that may see no key at all gets zeros, not NaN, and takes
+    nothing from any value. Keys come transposed and the queries of a group are one matrix: in that
+    layout XLA on CPU runs both products fastest, and without a copy of the cache.
 
     Args:
       query: float [S, L, H, E].
       key: float [S, K, E, M]; query head `h` reads key/value head `h // (H / K)`.
       value: float [S, K, M, E].
       mask: bool [S, L, M], True where the query may attend to the key.
+      scale: multiplies the scores; `E ** -0.5` where None.
+      softcap: c, scores become c·tanh(score / c).
 
     Returns:
       float [S, L, H, E] in the dtype of `value`.
@@ -94,8 +229,11 @@ def attend(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Arr
     chex.assert_shape(key, (rows, groups, width, keys))
     chex.assert_shape(value, (rows, groups, keys, width))
     chex.assert_shape(mask, (rows, length, keys))
-    query = jnp.swapaxes(query * width**-0.5, 1, 2).reshape(rows, groups, -1, width)
+    scale = width**-0.5 if scale is None else scale
+    query = jnp.swapaxes(query * scale, 1, 2).reshape(rows, groups, -1, width)
     scores = jnp.matmul(query, key, preferred_element_type=jnp.float32)  # [S, K, G * L, M]
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = scores.reshape(rows, groups, -1, length, keys)
     scores = jnp.where(mask[:, None, None], scores, _MASKED)
     peak = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
@@ -108,7 +246,7 @@ def attend(query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Arr
 
 
 def attend_backwards(
-    query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array
+    query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array, **options: float | None
 ) -> chex.Array:
     """`attend` within a row, where no query sees a later key: long rows take nearly half the work.
 
@@ -117,6 +255,7 @@ def attend_backwards(
     Args:
       query, key, value: as in `attend`, of the same L tokens.
       mask: bool [S, L, L], False wherever the key is later than the query.
+      **options: as in `attend`.
 
     Returns:
       float [S, L, H, E].
@@ -125,19 +264,25 @@ def attend_backwards(
     blocks = max(1, length // _BLOCK)
     bounds = [length * block // blocks for block in range(blocks + 1)]
     parts = [
-        attend(query[:, start:end], key[..., :end], value[:, :, :end], mask[:, start:end, :end])
+        attend(
+            query[:, start:end],
+            key[..., :end],
+            value[:, :, :end],
+            mask[:, start:end, :end],
+            **options,
+        )
         for start, end in itertools.pairwise(bounds)
     ]
     return jnp.concatenate(parts, axis=1) if blocks > 1 else parts[0]
 
 
 def write_cache(
-    cache: tuple[chex.Array, chex.Array],
+    cache: Cache,
     key: chex.Array,
     value: chex.Array,
     position: chex.Array,
     valid: chex.Array,
-) -> tuple[chex.Array, chex.Array]:
+) -> Cache:
     """Writes a chunk's keys and values into the cache, in place where its buffers are donated.
 
     Tokens that are not valid, and positions past the end of the cache, are dropped: nothing is
@@ -161,3 +306,39 @@ def write_cache(
     keys = keys.at[slot, :, :, index].set(key.astype(keys.dtype), mode="drop")
     values = values.at[slot, :, index].set(value.astype(values.dtype), mode="drop")
     return keys, values
+
+
+def resolve(implementation: str, *, dtype: jnp.dtype, softcap: float | None) -> str:
+    """Which implementation a name stands for on this backend.
+
+    "auto" is "splash" on TPU, "cudnn" on GPU where cuDNN can do it, and plain "xla" elsewhere.
+
+    Args:
+      implementation: "auto", "xla", "cudnn" or "splash".
+      dtype: what the model computes in.
+      softcap: of the scores, or None.
+
+    Returns:
+      "xla", "cudnn" or "splash".
+
+    Raises:
+      ValueError: the implementation cannot do this or not on this backend, with the reason.
+    """
+    backend = jax.default_backend()
+    cudnn_problem = None
+    if softcap is not None:
+        cudnn_problem = f"cannot cap scores (softcap {softcap})"
+    elif dtype == jnp.float32:
+        cudnn_problem = "computes in bfloat16 alone, and the model in float32"
+    if implementation == "auto":
+        by_backend = {"tpu": "splash", "gpu": "xla" if cudnn_problem else "cudnn"}
+        return by_backend.get(backend, "xla")
+    needed = {"cudnn": "gpu", "splash": "tpu"}.get(implementation, backend)
+    problem = None
+    if needed != backend:
+        problem = f"needs a {needed.upper()}; this backend is {backend!r}"
+    if implementation == "cudnn":
+        problem = cudnn_problem or problem
+    if problem:
+        raise ValueError(f"attention {implementation!r} {problem}; choose 'auto' or 'xla'")
+    return implementation

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from w2sjax.models.transformer import ModelConfig
+from w2sjax.models.config import ModelConfig
 
 _NOMINAL_VOCAB = 512  # presets say the shape; the tokenizer says the vocabulary (see `preset`)
 
@@ -31,6 +31,8 @@ def _shape(layers: int, width: int, heads: int, kv_heads: int, mlp: int, **more)
         num_heads=heads,
         num_kv_heads=kv_heads,
         mlp_width=mlp,
+        # Few layers run fastest written out, and many compile fastest as a loop.
+        unroll=layers if layers <= 6 else 1,
         **more,
     )
 
@@ -42,7 +44,7 @@ PRESETS: dict[str, ModelConfig] = {
     "m": _shape(4, 192, 6, 2, 576),
     "l": _shape(6, 320, 8, 2, 960, max_length=1024),
     "100m": _shape(12, 768, 12, 4, 2048, max_length=2048),
-    "1b": _shape(16, 2048, 32, 8, 8192, max_length=4096, rope_theta=500_000.0, remat=True),
+    "1b": _shape(16, 2048, 32, 8, 8192, max_length=4096, rope_theta=500_000.0, remat="full"),
 }
 
 

@@ -1,7 +1,7 @@
 """Ordered rules from a parameter's path to how it is split over a mesh.
 
 A rule is (regex, `PartitionSpec`); the first one whose regex is found in the path
-("layers_0/attention/query/kernel") decides. A parameter that no rule names is an error: nothing is
+("layers/attention/query/kernel") decides. A parameter that no rule names is an error: nothing is
 replicated by accident. Rules are plain data that a model brings along.
 """
 
@@ -20,7 +20,7 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 
 
 def path_name(path: Sequence[Any]) -> str:
-    """A key path of `jax.tree_util` as text: "layers_0/attention/query/kernel"."""
+    """A key path of `jax.tree_util` as text: "layers/attention/query/kernel"."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
