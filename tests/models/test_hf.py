@@ -1,6 +1,9 @@
 """Checkpoints of every family come in and go out, and transformers agrees on what they compute."""
 
 import json
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -228,3 +231,55 @@ def test_saving_refuses_what_would_be_lost(tmp_path):
     with pytest.raises(ValueError, match=r"ModelConfig\.qk_norm is True"):
         save_hf(tmp_path / "odd", odd, init_params(odd, jax.random.key(0)))
     assert not list(tmp_path.glob("odd*"))
+
+
+MEASURE = """
+    import sys, resource, threading, time
+    import jax
+    from w2sjax.models import hf, load_hf
+    from pathlib import Path
+
+    def anonymous():
+        text = Path("/proc/self/status").read_text()
+        return int(text.split("RssAnon:")[1].split()[0]) * 1024
+
+    load_hf(sys.argv[1])  # compiles, imports
+    jax.clear_caches()
+    start, peak, done = anonymous(), 0, False
+
+    def watch():
+        global peak
+        while not done:
+            peak = max(peak, anonymous())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    config, params = load_hf(sys.argv[2])
+    done = True
+    thread.join()
+    print(peak - start, sum(x.nbytes for x in jax.tree.leaves(params)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_reading_needs_the_shards_and_little_more(tmp_path):
+    write_checkpoint(tmp_path / "small", "llama2")
+    write_checkpoint(
+        tmp_path / "large",
+        "llama2",
+        vocab_size=60_000,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=6,
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MEASURE), tmp_path / "small", tmp_path / "large"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    needed, held = map(int, done.stdout.split())
+    largest = 60_000 * 512 * 4
+    assert held > 2.5 * largest
+    assert needed <= held + 1.2 * largest, (needed / 2**20, held / 2**20, largest / 2**20)

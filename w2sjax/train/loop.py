@@ -6,8 +6,8 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
-from typing import NamedTuple, TextIO
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TextIO
 
 import jax
 
@@ -37,6 +37,7 @@ def fit(
     loader: Loader,
     *,
     total_steps: int,
+    frozen: Mapping[str, Any] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 0,
     keep: int = 2,
@@ -57,6 +58,7 @@ def fit(
       train_step: the update.
       loader: the data.
       total_steps: updates in all.
+      frozen: parameters that are not trained (see `TrainStep`); in no checkpoint.
       checkpoint_dir: where states are kept; None: nowhere, and nothing is resumed.
       checkpoint_every: updates between checkpoints; above 0 exactly where `checkpoint_dir` is
         given. The last update is always followed by one.
@@ -100,7 +102,7 @@ def fit(
         log = _MetricsLog(metrics_path, start_step, total_steps, on_step, loader, checkpoints)
         for step in range(start_step, total_steps):
             loaded = loader.batch(step)
-            state, metrics = train_step(state, loaded.batch, loaded.extras)
+            state, metrics = train_step(state, loaded.batch, loaded.extras, frozen)
             done = step + 1
             log.add(done, metrics)
             saves = checkpoint_every and (done % checkpoint_every == 0 or done == total_steps)

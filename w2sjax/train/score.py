@@ -80,7 +80,8 @@ class SequenceScorer:
             members = [[(index, place[index]) for index in row] for row in rows]
             batch = fill_rows(unique, members, num_rows=size, row_length=self._row_length)
             batch = jax.device_put(batch, rows_over_mesh)
-            values = self._jitted(params, batch, num_sequences=num_sequences)
+            with jax.set_mesh(self._mesh):  # for the activations that the model constrains
+                values = self._jitted(params, batch, num_sequences=num_sequences)
             if under_way is not None:
                 finish(*under_way)
             under_way = (ids, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import chex
 import jax
@@ -19,8 +20,8 @@ Metrics = dict[str, chex.Array]  # float32 [] each
 
 
 class TrainStep:
-    """`step(state, batch, extras) → (state, metrics)`; the state is consumed (its buffers are
-    donated).
+    """`step(state, batch, extras, frozen) → (state, metrics)`; the state is consumed (its buffers
+    are donated).
 
     Shardings are taken from the first state it sees and kept. Pure: one object serves any number of
     runs, and compiles once per shape.
@@ -34,6 +35,7 @@ class TrainStep:
         *,
         mesh: Mesh | None = None,
         accumulate: int = 1,
+        dropout_seed: int | None = None,
     ):
         if accumulate < 1:
             raise ValueError(f"accumulate must be at least 1; got {accumulate}.")
@@ -42,6 +44,7 @@ class TrainStep:
         self._tx = tx
         self._mesh = mesh if mesh is not None else default_mesh()
         self._accumulate = accumulate
+        self._dropout_seed = dropout_seed
         self._jitted: Callable[..., tuple[TrainState, Metrics]] | None = None
 
     def __call__(
@@ -49,6 +52,7 @@ class TrainStep:
         state: TrainState,
         batch: PackedBatch,
         extras: Mapping[str, chex.Array] | None = None,
+        frozen: Mapping[str, Any] | None = None,
     ) -> tuple[TrainState, Metrics]:
         """Makes one update.
 
@@ -57,6 +61,8 @@ class TrainStep:
           batch: arrays [S, L], or [K, S, L] with accumulate = K > 1. S must divide over the mesh's
             batch axes.
           extras: arrays [P], or [K, P], that the loss reads.
+          frozen: parameters that are not trained, such as {"base": …} beside a state of {"lora":
+            …}: the model gets both dicts as one. No gradient of them is computed.
 
         Returns:
           The next state, and metrics: `loss`, `grad_norm` (before clipping), `learning_rate` (where
@@ -65,6 +71,19 @@ class TrainStep:
         Raises:
           ValueError: where the batch's shape does not go with `accumulate` or the mesh.
         """
+        jitted = self._compiled_for(state, batch)
+        with jax.set_mesh(self._mesh):  # for the activations that the model constrains
+            return jitted(state, batch, dict(extras or {}), frozen)
+
+    def lower(self, state: Any, batch: Any, extras: Any = None, frozen: Any = None) -> Any:
+        """The update before it is compiled, for arguments as in a call or their
+        `jax.ShapeDtypeStruct` with shardings: `.compile()` tells its code and its memory.
+        """
+        jitted = self._compiled_for(state, batch)
+        with jax.set_mesh(self._mesh):
+            return jitted.lower(state, batch, dict(extras or {}), frozen)
+
+    def _compiled_for(self, state: Any, batch: Any) -> Any:
         self._check(batch)
         rows = row_sharding(self._mesh, stacked=self._accumulate > 1)
         if self._jitted is None:
@@ -72,11 +91,11 @@ class TrainStep:
             state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
             self._jitted = jax.jit(
                 self._update,
-                in_shardings=(state_shardings, rows, everywhere),
+                in_shardings=(state_shardings, rows, everywhere, None),  # frozen ones stay put
                 out_shardings=(state_shardings, everywhere),
                 donate_argnums=0,
             )
-        return self._jitted(state, batch, dict(extras or {}))
+        return self._jitted
 
     def _check(self, batch: PackedBatch) -> None:
         shape = batch.tokens.shape
@@ -92,8 +111,10 @@ class TrainStep:
             )
         check_rows(shape[-2], self._mesh)
 
-    def _update(self, state: TrainState, batch: PackedBatch, extras) -> tuple[TrainState, Metrics]:
-        grads, sums = self._gradients(state.params, batch, extras)
+    def _update(
+        self, state: TrainState, batch: PackedBatch, extras, frozen
+    ) -> tuple[TrainState, Metrics]:
+        grads, sums = self._gradients(state, batch, extras, frozen)
         loss_sum, denominator, loss_metrics = sums
         grads = jax.tree.map(lambda grad: (grad / denominator).astype(grad.dtype), grads)
         metrics = {
@@ -110,34 +131,43 @@ class TrainStep:
         params = optax.apply_updates(state.params, updates)
         return TrainState(params=params, opt_state=opt_state, step=state.step + 1), metrics
 
-    def _gradients(self, params, batch: PackedBatch, extras):
+    def _gradients(self, state: TrainState, batch: PackedBatch, extras, frozen):
         """Gradient of the loss sum (float32 at least) and the sums, over all micro-batches."""
 
-        def summed(params, batch, extras):
+        def summed(params, batch, extras, micro):
+            options = {}
+            if self._dropout_seed is not None:
+                key = jax.random.fold_in(jax.random.key(self._dropout_seed), state.step)
+                options["dropout_key"] = jax.random.fold_in(key, micro)
             logits = self._apply_fn(
-                params, batch.tokens, positions=batch.positions, subtree_end=batch.subtree_end
+                params if frozen is None else {**frozen, **params},
+                batch.tokens,
+                positions=batch.positions,
+                subtree_end=batch.subtree_end,
+                **options,
             )
             logps = per_token_logps(logits, batch.tokens, batch.predecessor)
             output = self._loss_fn(logps, batch, extras)
             return output.loss_sum, tuple(output)
 
-        def one(batch, extras):
-            grads, sums = jax.grad(summed, has_aux=True)(params, batch, extras)
+        def one(batch, extras, micro):
+            grads, sums = jax.grad(summed, has_aux=True)(state.params, batch, extras, micro)
             wide = jax.tree.map(
                 lambda grad: grad.astype(jnp.promote_types(grad.dtype, jnp.float32)), grads
             )
             return wide, sums
 
         if self._accumulate == 1:
-            return one(batch, extras)
-        first = jax.tree.map(lambda leaf: leaf[0], (batch, extras))
+            return one(batch, extras, jnp.int32(0))
+        parts = (batch, extras, jnp.arange(self._accumulate, dtype=jnp.int32))
+        first = jax.tree.map(lambda leaf: leaf[0], parts)
         zeros = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, *first)
         )
         total, _ = jax.lax.scan(
             lambda total, part: (jax.tree.map(jnp.add, total, one(*part)), None),
             zeros,
-            (batch, extras),
+            parts,
         )
         return total
 
@@ -149,21 +179,26 @@ def make_train_step(
     *,
     mesh: Mesh | None = None,
     accumulate: int = 1,
+    dropout_seed: int | None = None,
 ) -> TrainStep:
     """The update of a training run.
 
     Args:
       apply_fn: (params, tokens, *, positions, subtree_end) → logits [S, L, V], as in
-        `types.Policy`.
+        `types.Policy`; it takes a `dropout_key` too where there is a `dropout_seed`.
       loss_fn: (per_token_logps, batch, extras) → `losses.LossOutput`.
       tx: the optimizer.
       mesh: where it runs; rows of a batch are split over its batch axes. By default one device.
       accumulate: K micro-batches per update; gradients are those of the one big batch.
+      dropout_seed: for models that drop something in training; what is dropped at an update is a
+        function of the seed, the update's number and the micro-batch. None: nothing is.
 
     Returns:
       A `TrainStep`.
     """
-    return TrainStep(apply_fn, loss_fn, tx, mesh=mesh, accumulate=accumulate)
+    return TrainStep(
+        apply_fn, loss_fn, tx, mesh=mesh, accumulate=accumulate, dropout_seed=dropout_seed
+    )
 
 
 def _learning_rate(opt_state) -> chex.Array | None:
