@@ -7,11 +7,13 @@ Only `pipeline` reads a config; the rooms get plain arguments.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import ml_collections
 
 from w2sjax.chat.tokenizer import SMALLEST_VOCAB
-from w2sjax.models import PRESETS
+from w2sjax.models import PRESETS, Lora
+from w2sjax.models.config import ATTENTION_IMPLEMENTATIONS, REMAT_POLICIES
 from w2sjax.train.optim import OPTIMIZERS, SCHEDULES
 
 _NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
@@ -51,10 +53,19 @@ def default_config() -> ml_collections.ConfigDict:
     c.tokenizer.vocab_size = 512  # of the BPE trained on the pretraining transcripts
 
     c.models = ml_collections.ConfigDict()
-    c.models.weak = "xs"  # a preset of w2sjax.models
+    # presets of w2sjax.models, or directories of checkpoints in Hugging Face's format
+    c.models.weak = "xs"
     c.models.strong = "s"
     c.models.max_length = 512  # context in tokens
+    c.models.param_dtype = "float32"  # or "bfloat16"; adapters are float32 either way
     c.models.compute_dtype = "auto"  # "float32", "bfloat16"; auto: float32 on CPU, else bfloat16
+    c.models.remat = "none"  # what backward passes compute again; see w2sjax.models.ModelConfig
+    c.models.attention = "auto"  # or "xla", "cudnn", "splash"
+    c.models.lora_rank = 0  # trains adapters of this rank beside a frozen model; 0 trains all of it
+    c.models.lora_alpha = 16.0  # adapters are multiplied by alpha / rank
+    c.models.lora_dropout = 0.0
+    c.models.lora_targets = "attention/(query|key|value|output)"  # regex over projections
+    c.models.export = False  # every trained model also as a Hugging Face directory, in its stage
 
     c.pretrain = ml_collections.ConfigDict()  # on unlabelled transcripts of players of mixed skill
     c.pretrain.seed = 0  # apart from `seed`, so that seeds share the pretrained models
@@ -113,6 +124,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.learning_rate = 1e-3
     c.train.preference_learning_rate = 5e-5
     c.train.rows = 2  # rows of models.max_length tokens per batch
+    c.train.accumulate = 1  # micro-batches that a batch is cut into
     c.train.pairs = 8  # pairs per preference batch
     c.train.beta = 0.1  # of DPO
     c.train.chosen_sft_weight = 1.0  # weight of the chosen side's likelihood in the DPO loss
@@ -140,6 +152,39 @@ def default_config() -> ml_collections.ConfigDict:
     c.gate.min_tasks_with_success = 0.2  # share of tasks with at least one success
     c.gate.min_shared_steps = 0.1  # share of steps that merging rollouts into trees saves
     return c
+
+
+def paper_recipe(c: ml_collections.ConfigDict) -> None:
+    """Sets what the paper's runs with real models share (arXiv 2507.18858, and its code): adapters
+    on the attention projections, rates, batch, context. For 8 devices.
+    """
+    c.models.max_length = 4096
+    c.models.param_dtype = "bfloat16"
+    c.models.compute_dtype = "bfloat16"
+    c.models.remat = "full"
+    c.models.lora_rank = 128
+    c.models.lora_alpha = 128.0
+    c.models.lora_targets = "attention/(query|key|value|output)"
+    c.mesh.data = 1
+    c.mesh.fsdp = 8  # parameters are split over all devices, and so are rows
+    c.mesh.tensor = 1
+    c.weak.learning_rate = 2e-5
+    c.weak.rows = 32
+    c.weak.steps = 60
+    c.train.learning_rate = 2e-5
+    c.train.preference_learning_rate = 1e-6
+    c.train.rows = 32
+    c.train.pairs = 32
+    c.train.accumulate = 2
+    c.train.steps = 300
+    c.train.preference_steps = 100
+    c.train.clip_norm = 0.5
+    c.train.weight_decay = 0.0
+    c.train.chosen_sft_weight = 0.0
+    c.rollouts.temperature = 0.7
+    c.sampler.slots = 64
+    c.sampler.block = 1024
+    c.evaluate.headline = "greedy"
 
 
 _POSITIVE = (
@@ -173,6 +218,7 @@ _POSITIVE = (
     "train.learning_rate",
     "train.preference_learning_rate",
     "train.rows",
+    "train.accumulate",
     "train.pairs",
     "train.beta",
     "train.clip_norm",
@@ -184,6 +230,7 @@ _NOT_NEGATIVE = (
     "seed",
     "env.workers",
     "env.max_restarts",
+    "models.lora_rank",
     "pretrain.seed",
     "search.exploration_weight",
     "targets.min_value_gap",
@@ -205,7 +252,10 @@ _SHARES = (
     "gate.min_shared_steps",
 )
 _CHOICES = {
+    "models.param_dtype": ("float32", "bfloat16"),
     "models.compute_dtype": ("auto", "float32", "bfloat16"),
+    "models.remat": REMAT_POLICIES,
+    "models.attention": ATTENTION_IMPLEMENTATIONS,
     "pretrain.loss_on": ("all", "agent"),
     "trees.merge_on": ("action_observation", "action", "observation_history"),
     "targets.pair_values": ("mean", "max", "mcts"),
@@ -268,7 +318,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.evaluate.modes {tuple(config.evaluate.modes)}"
         )
     for which in ("weak", "strong"):
-        require(f"models.{which}", PRESETS.__contains__, f"one of {', '.join(PRESETS)}")
+        require(
+            f"models.{which}",
+            lambda v: v in PRESETS or Path(v).is_dir(),
+            f"one of {', '.join(PRESETS)}, or the directory of a checkpoint",
+        )
+    if config.models.lora_rank:
+        c = config.models
+        try:
+            Lora(c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora_targets)
+        except ValueError as error:
+            problems.append(f"config.models.lora_…: {error}")
     require("train.optimizer", OPTIMIZERS.__contains__, f"one of {', '.join(OPTIMIZERS)}")
     require("train.schedule", SCHEDULES.__contains__, f"one of {', '.join(SCHEDULES)}")
     require("tokenizer.vocab_size", lambda v: v >= SMALLEST_VOCAB, f"{SMALLEST_VOCAB} or more")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from w2sjax.chat import ChatTemplate, format_answer, train_bpe
 from w2sjax.checkpoints import load_params
 from w2sjax.config import default_config
 from w2sjax.envs import EnvPool, PlayRequest
+from w2sjax.pipeline.agents import Agent
 from w2sjax.pipeline.training import Training, to_pairs, to_sequences
 from w2sjax.sampling import play_episodes
 from w2sjax.types import Status, Step
@@ -216,7 +218,9 @@ def tiny_training():
     c.train.chosen_sft_weight = 0.0
     c.train.preference_learning_rate = 3e-2
     c.train.warmup_steps = 0
-    yield Training(c)
+    training = Training(c)
+    template = types.SimpleNamespace(vocab_size=32)
+    yield training, Agent("strong", c, training.mesh, template)
     jax.config.update("jax_disable_most_optimizations", before)
 
 
@@ -233,13 +237,14 @@ def some_pairs(count, vocab_size):
 
 
 def test_dpo_starts_at_log_2_and_leaves_its_reference_alone(tiny_training, tmp_path):
-    vocab_size, steps = 32, 4
-    params = tiny_training.init("strong", vocab_size, seed=0)
+    (training, agent), vocab_size, steps = tiny_training, 32, 4
+    policy, params = agent.init(seed=0)
     before = jax.tree.map(np.array, params)
-    facts = tiny_training.fit_preference(
+    facts = training.fit_preference(
         tmp_path,
         "training, dpo",
-        tiny_training.policy("strong", vocab_size),
+        agent,
+        policy,
         params,
         some_pairs(3, vocab_size),
         steps=steps,
@@ -264,14 +269,13 @@ def test_dpo_starts_at_log_2_and_leaves_its_reference_alone(tiny_training, tmp_p
 def test_a_stage_without_examples_names_itself_and_its_source(
     tiny_training, tmp_path, too_long, says
 ):
-    policy = tiny_training.policy("strong", 32)
-    common = dict(seed=0, source="the target tree_dpo", too_long=too_long)
+    training, agent = tiny_training
+    common = dict(seed=0, source="the target tree_dpo", too_long=too_long, steps=2)
+    nothing = (tmp_path, "training, x", agent, None, None, [])
     with pytest.raises(ValueError) as preference:
-        tiny_training.fit_preference(tmp_path, "training, x", policy, None, [], steps=2, **common)
+        training.fit_preference(*nothing, **common)
     with pytest.raises(ValueError) as sft:
-        tiny_training.fit_sft(
-            tmp_path, "training, x", policy, None, [], steps=2, learning_rate=1e-3, rows=1, **common
-        )
+        training.fit_sft(*nothing, learning_rate=1e-3, rows=1, **common)
     for caught in (preference, sft):
         for text in ("stage training, x", "the target tree_dpo", says):
             assert text in str(caught.value)

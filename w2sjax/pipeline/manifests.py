@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 _MANIFEST = "manifest.json"
 _KEY = "key.json"
 _HASHED_BYTES = 64 << 20

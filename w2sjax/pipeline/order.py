@@ -11,6 +11,7 @@ skip. Inside a stage, rollouts go on by episode and training by step.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -29,6 +30,7 @@ from w2sjax.chat import ChatTemplate, load_tokenizer, save_tokenizer, train_bpe
 from w2sjax.config import PREFERENCE_METHODS, SFT_METHODS, validate
 from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import forest as forests
+from w2sjax.pipeline.agents import Agent, fingerprint, is_checkpoint
 from w2sjax.pipeline.episodes import EPISODES, Episodes, read_episodes
 from w2sjax.pipeline.manifests import (
     Stage,
@@ -142,27 +144,10 @@ class _Run:
     def all_stages(self) -> dict[str, Any]:
         """Runs or skips every stage, in order."""
         c = self.config
-        transcripts = self._cached(
-            "transcripts",
-            ("env.name", "env.options", "tokenizer", "pretrain.seed", "pretrain.tasks",
-             "pretrain.per_task", "pretrain.random_low", "pretrain.random_high"),
-            {},
-            self._make_transcripts,
-        )  # fmt: skip
-        self.template = ChatTemplate(load_tokenizer(transcripts.directory / "tokenizer"))
-        bases = {}
-        for which in ("weak", "strong"):
-            bases[which] = self._cached(
-                f"pretrained_{which}",
-                ("pretrain", f"models.{which}", "models.max_length", "models.compute_dtype",
-                 "train.optimizer", "train.schedule", "train.warmup_steps", "train.weight_decay",
-                 "train.clip_norm", "mesh"),
-                {"transcripts": transcripts},
-                functools.partial(self._make_pretrained, which, transcripts),
-            )  # fmt: skip
-        weak = self._weak_policy(bases["weak"])
-        policies = {"weak": weak, "strong": bases["strong"]}
-        policies |= self._trained(bases["strong"], weak)
+        self.agents = self._make_agents()
+        weak = self._weak_policy()
+        strong = self.agents["strong"].base
+        policies = {"weak": weak, "strong": strong} | self._trained(strong, weak)
         scores: dict[str, dict[str, evaluate.Scores]] = {mode: {} for mode in c.evaluate.modes}
         for name in c.methods:
             for mode in c.evaluate.modes:
@@ -171,8 +156,50 @@ class _Run:
                 scores[mode][name] = evaluate.task_scores(read_episodes(stage), tasks)
         return self._reported(scores)
 
-    def _weak_policy(self, base: Stage) -> Stage:
-        c = self.config
+    def _make_agents(self) -> dict[str, Agent]:
+        """The two models with what they start from: a checkpoint, or pretraining on transcripts."""
+        sources = {which: self.config.models[which] for which in ("weak", "strong")}
+        transcripts = None
+        if not all(map(is_checkpoint, sources.values())):
+            transcripts = self._pretraining_transcripts()
+        agents = {}
+        for which, source in sources.items():
+            kept = source if is_checkpoint(source) else transcripts.directory / "tokenizer"
+            template = ChatTemplate(load_tokenizer(kept))
+            agent = agents[which] = Agent(which, self.config, self.training.mesh, template)
+            if is_checkpoint(source):
+                facts = {"checkpoint": str(Path(source).absolute()), "files": fingerprint(source)}
+                agent.base = self._stage(
+                    f"checkpoint_{which}", (), {}, functools.partial(_write_facts, facts), facts
+                )
+            else:
+                agent.base = self._pretrained(which, agent, transcripts)
+        vocabularies = [agent.template.tokenizer.get_vocab() for agent in agents.values()]
+        self.same_tokens = vocabularies[0] == vocabularies[1]
+        return agents
+
+    def _pretraining_transcripts(self) -> Stage:
+        return self._cached(
+            "transcripts",
+            ("env.name", "env.options", "tokenizer", "pretrain.seed", "pretrain.tasks",
+             "pretrain.per_task", "pretrain.random_low", "pretrain.random_high"),
+            {},
+            self._make_transcripts,
+        )  # fmt: skip
+
+    def _pretrained(self, which: str, agent: Agent, transcripts: Stage) -> Stage:
+        return self._cached(
+            f"pretrained_{which}",
+            ("pretrain", f"models.{which}", "models.max_length", "models.param_dtype",
+             "models.compute_dtype", "models.remat", "models.attention", "train.optimizer",
+             "train.schedule", "train.warmup_steps", "train.weight_decay", "train.clip_norm",
+             "train.accumulate", "mesh"),
+            {"transcripts": transcripts},
+            functools.partial(self._make_pretrained, which, agent, transcripts),
+        )  # fmt: skip
+
+    def _weak_policy(self) -> Stage:
+        c, agent = self.config, self.agents["weak"]
         demonstrations = self._stage(
             "demonstrations",
             ("env.name", "env.options", "seed", "tasks.demonstrations"),
@@ -181,11 +208,12 @@ class _Run:
         )
 
         def make(directory: Path) -> dict[str, Any]:
-            sequences, too_long = self._sequences(read_episodes(demonstrations))
+            sequences, too_long = self._sequences(agent, read_episodes(demonstrations))
             return self.training.fit_sft(
                 directory,
                 "weak policy",
-                *self._model("weak", base),
+                agent,
+                *agent.start(agent.base, seed=c.seed),
                 sequences,
                 steps=c.weak.steps,
                 learning_rate=c.weak.learning_rate,
@@ -195,8 +223,8 @@ class _Run:
                 too_long=too_long,
             )
 
-        inputs = {"base": base, "demonstrations": demonstrations}
-        return self._stage("weak", ("seed", "weak", "train", "mesh"), inputs, make)
+        inputs = {"base": agent.base, "demonstrations": demonstrations}
+        return self._stage("weak", ("seed", "weak", "train", "mesh", "models"), inputs, make)
 
     def _trained(self, strong: Stage, weak: Stage) -> dict[str, Stage]:
         """The strong model, trained once per method."""
@@ -266,17 +294,21 @@ class _Run:
         save_tokenizer(tokenizer, directory / "tokenizer")
         return facts | {"vocab_size": len(tokenizer)}
 
-    def _make_pretrained(self, which: str, transcripts: Stage, directory: Path) -> dict[str, Any]:
+    def _make_pretrained(
+        self, which: str, agent: Agent, transcripts: Stage, directory: Path
+    ) -> dict[str, Any]:
         c = self.config.pretrain
-        sequences, too_long = self._sequences(
-            read_episodes(transcripts), all_tokens=c.loss_on == "all"
+        sequences, too_long = to_sequences(
+            agent.template,
+            read_episodes(transcripts),
+            self.config.models.max_length,
+            all_tokens=c.loss_on == "all",
         )
-        vocab_size = self.template.vocab_size
         return self.training.fit_sft(
             directory,
             f"pretraining, {which}",
-            self.training.policy(which, vocab_size),
-            self.training.init(which, vocab_size, c.seed),
+            agent,
+            *agent.init(c.seed),
             sequences,
             steps=c[f"{which}_steps"],
             learning_rate=c.learning_rate,
@@ -293,14 +325,15 @@ class _Run:
             return self.episodes.play(directory, pool, requests, policy_name="expert")
 
     def _make_rollouts(self, weak: Stage, directory: Path) -> dict[str, Any]:
-        c = self.config
+        c, agent = self.config, self.agents["weak"]
         with self.episodes.pool(slots=c.sampler.slots) as pool:
             tasks = pool.task_ids("train", c.tasks.train)
             return self.episodes.sample(
                 directory,
                 "weak rollouts",
-                self.template,
-                *self._model("weak", weak),
+                agent.template,
+                agent.policy(weak),
+                agent.load(weak),
                 pool,
                 [EpisodeRequest(t, r) for t in tasks for r in range(c.rollouts.per_task)],
                 temperature=c.rollouts.temperature,
@@ -340,7 +373,7 @@ class _Run:
         *,
         stage_name: str | None = None,
     ) -> Stage:
-        c = self.config
+        c, agent = self.config, self.agents["strong"]
         stage_name = stage_name or target
 
         def make(directory: Path) -> dict[str, Any]:
@@ -348,11 +381,14 @@ class _Run:
             if targets is not None:
                 with np.load(targets.directory / f"{target}.npz") as arrays:
                     weights = arrays["step_weights"]
-            sequences, too_long = self._sequences(read_episodes(episodes), step_weights=weights)
+            sequences, too_long = self._sequences(
+                agent, read_episodes(episodes), step_weights=weights
+            )
             return self.training.fit_sft(
                 directory,
                 f"training, {stage_name}",
-                *self._model("strong", strong),
+                agent,
+                *agent.start(strong, seed=c.seed),
                 sequences,
                 steps=steps,
                 learning_rate=c.train.learning_rate,
@@ -364,24 +400,28 @@ class _Run:
 
         inputs = {"start": strong, "episodes": episodes}
         inputs |= {"targets": targets} if targets is not None else {}
-        fields = ("seed", "train", "mesh", "models.max_length")
+        fields = ("seed", "train", "mesh", "models")
         return self._stage(f"train/{stage_name}", fields, inputs, make)
 
     def _preference_method(
         self, name: str, reference: Stage, rollouts: Stage, targets: Stage
     ) -> Stage:
-        c = self.config
+        c, agent = self.config, self.agents["strong"]
         target = "dpo" if name == "dpo" else "tree_dpo"
 
         def make(directory: Path) -> dict[str, Any]:
             with np.load(targets.directory / f"{target}.npz") as arrays:
                 pairs, too_long = to_pairs(
-                    self.template, read_episodes(rollouts), c.models.max_length, dict(arrays)
+                    agent.template,
+                    self._read_by(agent, read_episodes(rollouts)),
+                    c.models.max_length,
+                    dict(arrays),
                 )
             return self.training.fit_preference(
                 directory,
                 f"training, {name}",
-                *self._model("strong", reference),
+                agent,
+                *agent.start(reference, seed=c.seed),
                 pairs,
                 steps=c.train.preference_steps,
                 seed=c.seed,
@@ -390,11 +430,11 @@ class _Run:
             )
 
         inputs = {"reference": reference, "rollouts": rollouts, "targets": targets}
-        fields = ("seed", "train", "mesh", "models.max_length")
+        fields = ("seed", "train", "mesh", "models")
         return self._stage(f"train/{name}", fields, inputs, make)
 
     def _evaluated(self, name: str, mode: str, policy: Stage) -> Stage:
-        c = self.config
+        c, agent = self.config, self.agents["weak" if name == "weak" else "strong"]
 
         def make(directory: Path) -> dict[str, Any]:
             with self.episodes.pool(slots=c.sampler.slots) as pool:
@@ -403,8 +443,9 @@ class _Run:
                 return self.episodes.sample(
                     directory,
                     f"evaluating, {name} ({mode})",
-                    self.template,
-                    *self._model("weak" if name == "weak" else "strong", policy),
+                    agent.template,
+                    agent.policy(policy),
+                    agent.load(policy),
                     pool,
                     [EpisodeRequest(task, 0) for task in tasks],
                     temperature=c.evaluate.temperature if mode == "sampled" else 0.0,
@@ -458,14 +499,17 @@ class _Run:
         fields: tuple[str, ...],
         inputs: Mapping[str, Stage],
         make: Callable[[Path], Mapping[str, Any]],
+        facts: Mapping[str, Any] | None = None,
         *,
         directory: Path | None = None,
     ) -> Stage:
-        """Runs one stage, which depends on the named config fields and on its inputs alone."""
+        """Runs one stage, which depends on the named config fields, the given facts and its inputs
+        alone.
+        """
         for stage in self.stages:
             if stage.name == name:
                 return stage
-        chosen = self._chosen(fields)
+        chosen = self._chosen(fields) | dict(facts or {})
         stage = run_stage(name, directory or self.workdir / name, chosen, inputs, make)
         state = "already there" if stage.skipped else f"{stage.seconds:.1f} s"
         report.CONSOLE.print(f"{name:<32} {state}", markup=False, highlight=False)
@@ -484,10 +528,29 @@ class _Run:
             for field in fields
         }
 
-    def _model(self, which: str, stage: Stage):
-        """(policy, params) of a finished stage."""
-        vocab_size = self.template.vocab_size
-        return self.training.policy(which, vocab_size), self.training.load(which, vocab_size, stage)
+    def _read_by(self, agent: Agent, episodes: list[Trajectory]) -> list[Trajectory]:
+        """Episodes as an agent reads them: the sampled tokens are those of the weak model's
+        tokenizer; another tokenizer reads the text.
+        """
+        if self.same_tokens or agent is self.agents["weak"]:
+            return episodes
+        return [
+            dataclasses.replace(
+                episode,
+                steps=tuple(dataclasses.replace(step, answer_ids=None) for step in episode.steps),
+            )
+            for episode in episodes
+        ]
 
-    def _sequences(self, episodes: list[Trajectory], **options: Any):
-        return to_sequences(self.template, episodes, self.config.models.max_length, **options)
+    def _sequences(self, agent: Agent, episodes: list[Trajectory], **options: Any):
+        return to_sequences(
+            agent.template,
+            self._read_by(agent, episodes),
+            self.config.models.max_length,
+            **options,
+        )
+
+
+def _write_facts(facts: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
+    write_json(directory / "checkpoint.json", facts)
+    return {"checkpoint": facts["checkpoint"]}

@@ -10,61 +10,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 
 from w2sjax import batches, losses, models, parallel, train
 from w2sjax.chat import ChatTemplate
-from w2sjax.checkpoints import load_params, save_params
-from w2sjax.pipeline.manifests import Stage
+from w2sjax.pipeline.agents import Agent
 from w2sjax.report import progress_bar
 from w2sjax.types import Policy, Trajectory
 
 _STATES = "states"  # training states of a run that goes on; removed when it is done
-_PARAMS = "params"
 
 
 class Training:
-    """The models and the compiled updates that stages share."""
+    """The mesh and the compiled updates that stages share."""
 
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
         self.mesh = parallel.make_mesh(**self.config.mesh)
         self._train_steps: dict[tuple, train.TrainStep] = {}
-
-    @functools.cache  # noqa: B019 (one Training per run; the cache should live as long as it does)
-    def policy(self, which: str, vocab_size: int) -> Policy:
-        """The weak or the strong model's functions."""
-        return models.make_policy(self.model_config(which, vocab_size))
-
-    def model_config(self, which: str, vocab_size: int) -> models.ModelConfig:
-        """The shape of the weak or the strong model."""
-        c = self.config.models
-        return models.preset(
-            c[which],
-            vocab_size=vocab_size,
-            max_length=c.max_length,
-            compute_dtype=c.compute_dtype,
-        )
-
-    def load(self, which: str, vocab_size: int, stage: Stage) -> Any:
-        """A finished stage's parameters, born where they will live."""
-        config = self.model_config(which, vocab_size)
-        init = functools.partial(models.init_params, config)
-        abstract = jax.eval_shape(init, jax.random.key(0))
-        shardings = parallel.param_shardings(abstract, models.PARTITION_RULES, self.mesh)
-        like = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            shardings,
-        )
-        return load_params(stage.directory / _PARAMS, like)
-
-    def init(self, which: str, vocab_size: int, seed: int) -> Any:
-        """Fresh parameters, sharded from the start."""
-        init = functools.partial(models.init_params, self.model_config(which, vocab_size))
-        return parallel.init_sharded(init, models.PARTITION_RULES, self.mesh, jax.random.key(seed))
 
     # ------------------------------------------------------------------------------ training
 
@@ -72,6 +36,7 @@ class Training:
         self,
         directory: Path,
         title: str,
+        agent: Agent,
         policy: Policy,
         params: Any,
         sequences: Sequence[batches.Sequence],
@@ -90,8 +55,11 @@ class Training:
             rows_per_batch=self._rows(rows),
             row_length=self.config.models.max_length,
             seed=seed,
+            micro_batches=self.config.train.accumulate,
         )
-        self._fit(directory, title, policy, params, losses.sft_loss, loader, steps, learning_rate)
+        self._fit(
+            directory, title, agent, policy, params, losses.sft_loss, loader, steps, learning_rate
+        )
         return {
             "sequences": len(sequences),
             "left_out_too_long": too_long,
@@ -103,6 +71,7 @@ class Training:
         self,
         directory: Path,
         title: str,
+        agent: Agent,
         policy: Policy,
         params: Any,
         pairs: Sequence[batches.PairSequences],
@@ -131,17 +100,18 @@ class Training:
             total_steps=steps,
             extras=extras,
             rows_multiple=self._rows(1),
+            micro_batches=c.accumulate,
         )
         loss = self._preference_loss()
         rate = c.preference_learning_rate
-        self._fit(directory, title, policy, params, loss, loader, steps, rate)
+        self._fit(directory, title, agent, policy, params, loss, loader, steps, rate)
         return {
             "pairs": len(pairs),
             "left_out_too_long": too_long,
             "steps_per_epoch": round(loader.steps_per_epoch(), 2),
         }
 
-    @functools.cache  # noqa: B019 (as above)
+    @functools.cache  # noqa: B019 (one Training per run; the cache should live as long as it does)
     def _preference_loss(self) -> losses.LossFn:
         c = self.config.train
         return functools.partial(
@@ -149,12 +119,12 @@ class Training:
         )
 
     def _rows(self, rows: int) -> int:
-        """Rows rounded up to what the mesh can split."""
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        """Rows rounded up to what the mesh and micro-batches can split."""
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * self.config.train.accumulate
         return -(-rows // shards) * shards
 
     def _fit(
-        self, directory, title, policy, params, loss, loader, steps: int, learning_rate: float
+        self, directory, title, agent, policy, params, loss, loader, steps: int, learning_rate
     ) -> None:
         c = self.config.train
         tx = train.make_optimizer(
@@ -169,24 +139,34 @@ class Training:
         # Lengths and rates of trainings are data of their states, so one program serves them all.
         key = (policy, loss)
         if key not in self._train_steps:
-            step = train.make_train_step(policy.apply_fn, loss, tx, mesh=self.mesh)
+            step = train.make_train_step(
+                policy.apply_fn,
+                loss,
+                tx,
+                mesh=self.mesh,
+                accumulate=c.accumulate,
+                dropout_seed=self.config.seed if "lora" in params else None,
+            )
             self._train_steps[key] = step
-        train_step = self._train_steps[key]
+        frozen = None
+        if "lora" in params:
+            frozen, params = {"base": params["base"]}, {"lora": params["lora"]}
         shardings = parallel.param_shardings(params, models.PARTITION_RULES, self.mesh)
         state = train.init_state(params, tx, mesh=self.mesh, param_shardings=shardings)
         with progress_bar(title, steps, "steps") as update:
             result = train.fit(
                 state,
-                train_step,
+                self._train_steps[key],
                 loader,
                 total_steps=steps,
+                frozen=frozen,
                 checkpoint_dir=directory / _STATES,
                 checkpoint_every=c.checkpoint_every,
                 keep=1,
                 metrics_path=directory / "metrics.jsonl",
                 on_step=lambda step, _total, metrics: update(step, f"loss {metrics['loss']:.3f}"),
             )
-        save_params(directory / _PARAMS, result.state.params, overwrite=True)
+        agent.save(directory, result.state.params)
         shutil.rmtree(directory / _STATES)
 
 

@@ -1,0 +1,161 @@
+"""The weak and the strong model of a run: shape, tokenizer, base, and parameters by stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import ml_collections
+from jax.sharding import Mesh
+
+from w2sjax import models, parallel
+from w2sjax.chat import ChatTemplate
+from w2sjax.checkpoints import load_params, save_params
+from w2sjax.pipeline.manifests import Stage
+from w2sjax.types import Policy
+
+PARAMS = "params"  # of what a stage trained: all parameters, or the adapters alone
+EXPORT = "hf"  # the same as a Hugging Face directory
+_SAMPLE = 2**20  # bytes of each file that a checkpoint is recognised by
+
+
+def is_checkpoint(model: str) -> bool:
+    """Whether config.models.weak or strong is a directory rather than a preset."""
+    return model not in models.PRESETS
+
+
+def fingerprint(path: str) -> dict[str, Any]:
+    """What a checkpoint directory is recognised by: per file its size and the hash of its start."""
+    found = {}
+    for file in sorted(Path(path).iterdir()):
+        if file.suffix in (".json", ".safetensors", ".jinja", ".model"):
+            with file.open("rb") as data:
+                start = hashlib.sha256(data.read(_SAMPLE)).hexdigest()
+            found[file.name] = [file.stat().st_size, start]
+    return found
+
+
+class Agent:
+    """One of the two models of a run.
+
+    Attributes:
+      template: its tokenizer and chat template.
+      base: the stage that its trainings start from; set once it is known.
+      plain: its shape.
+      tuned: its shape while it is trained and after: with adapters, where config.models asks for
+        them.
+    """
+
+    def __init__(
+        self, which: str, config: ml_collections.ConfigDict, mesh: Mesh, template: ChatTemplate
+    ):
+        c = config.models
+        self.template, self.base = template, None
+        self._mesh, self._which = mesh, which
+        self._export = c.export
+        changes = {
+            field: c[field] for field in ("param_dtype", "compute_dtype", "remat", "attention")
+        }
+        self.source = c[which] if is_checkpoint(c[which]) else None
+        if self.source is None:
+            self.plain = models.preset(
+                c[which], vocab_size=template.vocab_size, max_length=c.max_length, **changes
+            )
+        else:
+            self.plain = models.read_config(self.source, **changes)
+            if template.vocab_size > self.plain.vocab_size:
+                raise ValueError(
+                    f"{self.source}: its tokenizer has {template.vocab_size} tokens, its model "
+                    f"only {self.plain.vocab_size}"
+                )
+            if c.max_length > self.plain.max_length:
+                raise ValueError(
+                    f"config.models.max_length is {c.max_length}, but {self.source} was made for "
+                    f"{self.plain.max_length} tokens"
+                )
+        lora = None
+        if c.lora_rank:
+            lora = models.Lora(c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora_targets)
+        self.tuned = dataclasses.replace(self.plain, lora=lora)
+
+    def policy(self, stage: Stage) -> Policy:
+        """The model's functions for what a stage holds."""
+        return models.make_policy(self.plain if stage is self.base else self.tuned)
+
+    def load(self, stage: Stage) -> chex.ArrayTree:
+        """A finished stage's parameters, born where they will live."""
+        if stage is self.base or self.tuned.lora is None:
+            if stage is self.base and self.source is not None:
+                return self._base()
+            return self._read(stage, self.plain, None)
+        return {"base": self._base(), "lora": self._read(stage, self.tuned, "lora")}
+
+    def start(self, stage: Stage, *, seed: int) -> tuple[Policy, chex.ArrayTree]:
+        """The model's functions and parameters where a training starts; adapters are drawn from the
+        seed.
+        """
+        if stage is not self.base or self.tuned.lora is None:
+            return self.policy(stage), self.load(stage)
+        init = functools.partial(models.init_params, self.tuned)
+        shardings = parallel.param_shardings(self._abstract(self.tuned), self._rules, self._mesh)
+        draw = jax.jit(lambda key: init(key)["lora"], out_shardings=shardings["lora"])
+        params = {"base": self._base(), "lora": draw(jax.random.key(seed))}
+        return models.make_policy(self.tuned), params
+
+    def init(self, seed: int) -> tuple[Policy, chex.ArrayTree]:
+        """The plain model with fresh parameters, sharded from the start."""
+        init = functools.partial(models.init_params, self.plain)
+        params = parallel.init_sharded(init, self._rules, self._mesh, jax.random.key(seed))
+        return models.make_policy(self.plain), params
+
+    def save(self, directory: Path, trained: chex.ArrayTree) -> None:
+        """Writes what a training changed, and the Hugging Face directory where it is asked for."""
+        save_params(directory / PARAMS, trained, overwrite=True)
+        if not self._export:
+            return
+        if "lora" in trained:
+            base = self.source or f"the stage of the pretrained {self._which} model"
+            models.save_peft(directory / EXPORT, self.tuned, trained, base=base, overwrite=True)
+            return
+        tokenizer = self.template.tokenizer
+        models.save_hf(directory / EXPORT, self.plain, trained, tokenizer, overwrite=True)
+
+    _rules = models.PARTITION_RULES
+
+    @functools.cache  # noqa: B019 (an Agent lives as long as its run; so shall its frozen base)
+    def _kept_base(self) -> chex.ArrayTree:
+        return self._read_base()
+
+    def _base(self) -> chex.ArrayTree:
+        """The base's parameters; kept where adapters leave them as they are."""
+        return self._read_base() if self.tuned.lora is None else self._kept_base()
+
+    def _read_base(self) -> chex.ArrayTree:
+        if self.source is None:
+            return self._read(self.base, self.plain, None)
+        changes = {
+            field: getattr(self.plain, field)
+            for field in ("param_dtype", "compute_dtype", "remat", "attention")
+        }
+        return models.load_hf(self.source, mesh=self._mesh, **changes)[1]
+
+    def _read(self, stage: Stage, config: models.ModelConfig, part: str | None) -> chex.ArrayTree:
+        abstract = self._abstract(config)
+        shardings = parallel.param_shardings(abstract, self._rules, self._mesh)
+        like = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            shardings,
+        )
+        like = like if part is None else {part: like[part]}
+        params = load_params(stage.directory / PARAMS, like)
+        return params if part is None else params[part]
+
+    @staticmethod
+    def _abstract(config: models.ModelConfig) -> Any:
+        return models.abstract_params(config)
