@@ -320,8 +320,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     for which in ("weak", "strong"):
         require(
             f"models.{which}",
-            lambda v: v in PRESETS or Path(v).is_dir(),
-            f"one of {', '.join(PRESETS)}, or the directory of a checkpoint",
+            lambda v: v in PRESETS or Path(v, "config.json").is_file(),
+            f"one of {', '.join(PRESETS)}, or the directory of a checkpoint, with its config.json",
         )
     if config.models.lora_rank:
         c = config.models

@@ -280,3 +280,21 @@ def test_a_stage_without_examples_names_itself_and_its_source(
         for text in ("stage training, x", "the target tree_dpo", says):
             assert text in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_tokenizer_reads_the_text_and_not_the_sampled_ids(tiny_training, episodes):
+    _, agent = tiny_training
+    sampled = [
+        dataclasses.replace(
+            e, steps=tuple(dataclasses.replace(step, answer_ids=(1, 2)) for step in e.steps)
+        )
+        for e in episodes
+    ]
+    assert agent.as_read(sampled) == sampled
+    agent.reads_sampled_ids = False
+    read = agent.as_read(sampled)
+    agent.reads_sampled_ids = True
+    assert all(step.answer_ids is None for e in read for step in e.steps)
+    assert [[s.answer for s in e.steps] for e in read] == [
+        [s.answer for s in e.steps] for e in sampled
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from w2sjax import models, parallel
 from w2sjax.chat import ChatTemplate
 from w2sjax.checkpoints import load_params, save_params
 from w2sjax.pipeline.manifests import Stage
-from w2sjax.types import Policy
+from w2sjax.types import Policy, Trajectory
 
 PARAMS = "params"  # of what a stage trained: all parameters, or the adapters alone
 EXPORT = "hf"  # the same as a Hugging Face directory
@@ -49,13 +50,14 @@ class Agent:
       plain: its shape.
       tuned: its shape while it is trained and after: with adapters, where config.models asks for
         them.
+      reads_sampled_ids: whether its tokenizer is that of the model that sampled the rollouts.
     """
 
     def __init__(
         self, which: str, config: ml_collections.ConfigDict, mesh: Mesh, template: ChatTemplate
     ):
         c = config.models
-        self.template, self.base = template, None
+        self.template, self.base, self.reads_sampled_ids = template, None, True
         self._mesh, self._which = mesh, which
         self._export = c.export
         changes = {
@@ -83,6 +85,19 @@ class Agent:
             lora = models.Lora(c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora_targets)
         self.tuned = dataclasses.replace(self.plain, lora=lora)
 
+    def as_read(self, episodes: Sequence[Trajectory]) -> list[Trajectory]:
+        """Episodes as this model reads them: without the sampled token ids, where those are another
+        tokenizer's; the text says the same.
+        """
+        if self.reads_sampled_ids:
+            return list(episodes)
+
+        def without_ids(episode: Trajectory) -> Trajectory:
+            steps = (dataclasses.replace(step, answer_ids=None) for step in episode.steps)
+            return dataclasses.replace(episode, steps=tuple(steps))
+
+        return list(map(without_ids, episodes))
+
     def policy(self, stage: Stage) -> Policy:
         """The model's functions for what a stage holds."""
         return models.make_policy(self.plain if stage is self.base else self.tuned)
@@ -102,7 +117,8 @@ class Agent:
         if stage is not self.base or self.tuned.lora is None:
             return self.policy(stage), self.load(stage)
         init = functools.partial(models.init_params, self.tuned)
-        shardings = parallel.param_shardings(self._abstract(self.tuned), self._rules, self._mesh)
+        abstract = models.abstract_params(self.tuned)
+        shardings = parallel.param_shardings(abstract, self._rules, self._mesh)
         draw = jax.jit(lambda key: init(key)["lora"], out_shardings=shardings["lora"])
         params = {"base": self._base(), "lora": draw(jax.random.key(seed))}
         return models.make_policy(self.tuned), params
@@ -116,7 +132,7 @@ class Agent:
     def save(self, directory: Path, trained: chex.ArrayTree) -> None:
         """Writes what a training changed, and the Hugging Face directory where it is asked for."""
         save_params(directory / PARAMS, trained, overwrite=True)
-        if not self._export:
+        if not self._export or self.base is None:  # pretraining, which other runs share
             return
         if "lora" in trained:
             base = self.source or f"the stage of the pretrained {self._which} model"
@@ -145,7 +161,7 @@ class Agent:
         return models.load_hf(self.source, mesh=self._mesh, **changes)[1]
 
     def _read(self, stage: Stage, config: models.ModelConfig, part: str | None) -> chex.ArrayTree:
-        abstract = self._abstract(config)
+        abstract = models.abstract_params(config)
         shardings = parallel.param_shardings(abstract, self._rules, self._mesh)
         like = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -155,7 +171,3 @@ class Agent:
         like = like if part is None else {part: like[part]}
         params = load_params(stage.directory / PARAMS, like)
         return params if part is None else params[part]
-
-    @staticmethod
-    def _abstract(config: models.ModelConfig) -> Any:
-        return models.abstract_params(config)

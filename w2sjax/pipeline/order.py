@@ -11,13 +11,11 @@ skip. Inside a stage, rollouts go on by episode and training by step.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import os
-import random
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +24,22 @@ import ml_collections
 import numpy as np
 
 from w2sjax import evaluate, report
-from w2sjax.chat import ChatTemplate, load_tokenizer, save_tokenizer, train_bpe
 from w2sjax.config import PREFERENCE_METHODS, SFT_METHODS, validate
 from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import forest as forests
-from w2sjax.pipeline.agents import Agent, fingerprint, is_checkpoint
-from w2sjax.pipeline.episodes import EPISODES, Episodes, read_episodes
+from w2sjax.pipeline.agents import Agent
+from w2sjax.pipeline.bases import make_agents
+from w2sjax.pipeline.episodes import Episodes, read_episodes
 from w2sjax.pipeline.manifests import (
     Stage,
     claim_workdir,
     read_json,
-    run_stage,
     stage_facts,
-    stage_key,
     write_json,
 )
+from w2sjax.pipeline.stages import Stages
 from w2sjax.pipeline.training import Training, to_pairs, to_sequences
-from w2sjax.sampling import EpisodeRequest, read_trajectories
+from w2sjax.sampling import EpisodeRequest
 from w2sjax.types import Trajectory
 
 # What a run reports as one sentence; the whole story goes to error.log in the workdir.
@@ -131,12 +128,10 @@ class _Run:
         self, config, settings: dict[str, Any], workdir: Path, cache: Path, episodes: Episodes
     ):
         self.config = config
-        self.settings = settings  # the config as JSON values
         self.workdir = workdir
-        self.cache = cache
-        self.stages: list[Stage] = []
         self.episodes = episodes
         self.training = Training(config)
+        self.stages = Stages(settings, workdir, cache, self.training.mesh)
         self.room: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------ the order
@@ -144,7 +139,7 @@ class _Run:
     def all_stages(self) -> dict[str, Any]:
         """Runs or skips every stage, in order."""
         c = self.config
-        self.agents = self._make_agents()
+        self.agents = make_agents(self.stages, self.episodes, self.training)
         weak = self._weak_policy()
         strong = self.agents["strong"].base
         policies = {"weak": weak, "strong": strong} | self._trained(strong, weak)
@@ -156,51 +151,9 @@ class _Run:
                 scores[mode][name] = evaluate.task_scores(read_episodes(stage), tasks)
         return self._reported(scores)
 
-    def _make_agents(self) -> dict[str, Agent]:
-        """The two models with what they start from: a checkpoint, or pretraining on transcripts."""
-        sources = {which: self.config.models[which] for which in ("weak", "strong")}
-        transcripts = None
-        if not all(map(is_checkpoint, sources.values())):
-            transcripts = self._pretraining_transcripts()
-        agents = {}
-        for which, source in sources.items():
-            kept = source if is_checkpoint(source) else transcripts.directory / "tokenizer"
-            template = ChatTemplate(load_tokenizer(kept))
-            agent = agents[which] = Agent(which, self.config, self.training.mesh, template)
-            if is_checkpoint(source):
-                facts = {"checkpoint": str(Path(source).absolute()), "files": fingerprint(source)}
-                agent.base = self._stage(
-                    f"checkpoint_{which}", (), {}, functools.partial(_write_facts, facts), facts
-                )
-            else:
-                agent.base = self._pretrained(which, agent, transcripts)
-        vocabularies = [agent.template.tokenizer.get_vocab() for agent in agents.values()]
-        self.same_tokens = vocabularies[0] == vocabularies[1]
-        return agents
-
-    def _pretraining_transcripts(self) -> Stage:
-        return self._cached(
-            "transcripts",
-            ("env.name", "env.options", "tokenizer", "pretrain.seed", "pretrain.tasks",
-             "pretrain.per_task", "pretrain.random_low", "pretrain.random_high"),
-            {},
-            self._make_transcripts,
-        )  # fmt: skip
-
-    def _pretrained(self, which: str, agent: Agent, transcripts: Stage) -> Stage:
-        return self._cached(
-            f"pretrained_{which}",
-            ("pretrain", f"models.{which}", "models.max_length", "models.param_dtype",
-             "models.compute_dtype", "models.remat", "models.attention", "train.optimizer",
-             "train.schedule", "train.warmup_steps", "train.weight_decay", "train.clip_norm",
-             "train.accumulate", "mesh"),
-            {"transcripts": transcripts},
-            functools.partial(self._make_pretrained, which, agent, transcripts),
-        )  # fmt: skip
-
     def _weak_policy(self) -> Stage:
         c, agent = self.config, self.agents["weak"]
-        demonstrations = self._stage(
+        demonstrations = self.stages.run(
             "demonstrations",
             ("env.name", "env.options", "seed", "tasks.demonstrations"),
             {},
@@ -224,14 +177,14 @@ class _Run:
             )
 
         inputs = {"base": agent.base, "demonstrations": demonstrations}
-        return self._stage("weak", ("seed", "weak", "train", "mesh", "models"), inputs, make)
+        return self.stages.run("weak", ("seed", "weak", "train", "mesh", "models"), inputs, make)
 
     def _trained(self, strong: Stage, weak: Stage) -> dict[str, Stage]:
         """The strong model, trained once per method."""
         c = self.config
         trained: dict[str, Stage] = {}
         if "ceiling" in c.methods:
-            experts = self._stage(
+            experts = self.stages.run(
                 "expert_episodes",
                 ("env.name", "env.options", "seed", "tasks.train"),
                 {},
@@ -242,23 +195,23 @@ class _Run:
         preference = [name for name in PREFERENCE_METHODS if name in c.methods]
         if not sft + preference:
             return trained
-        rollouts = self._stage(
+        rollouts = self.stages.run(
             "rollouts",
             ("env", "seed", "rollouts", "models.max_length", "tasks.train", "sampler"),
             {"weak": weak},
             functools.partial(self._make_rollouts, weak),
         )
-        trees = self._stage(
+        trees = self.stages.run(
             "trees", ("trees", "gate"), {"rollouts": rollouts},
             functools.partial(self._make_trees, rollouts),
         )  # fmt: skip
         self.room = stage_facts(trees)
         for warning in self.room["warnings"]:
             report.CONSOLE.print(f"  warning: {warning}", markup=False)
-        search = self._stage(
+        search = self.stages.run(
             "search", ("search",), {"trees": trees}, functools.partial(self._make_search, trees)
         )
-        targets = self._stage(
+        targets = self.stages.run(
             "targets", ("seed", "targets"), {"trees": trees, "search": search},
             functools.partial(self._make_targets, trees, search),
         )  # fmt: skip
@@ -274,49 +227,6 @@ class _Run:
         return trained
 
     # ----------------------------------------------------------------------------- the stages
-
-    def _make_transcripts(self, directory: Path) -> dict[str, Any]:
-        """Unlabelled play of mixed skill, and the tokenizer trained on its text."""
-        c = self.config.pretrain
-        with self.episodes.pool(slots=max(1, self.config.env.workers)) as pool:
-            rng = random.Random(c.seed)
-            requests = [
-                PlayRequest(task, rng.uniform(c.random_low, c.random_high), c.seed + copy)
-                for task in pool.task_ids("pretrain", c.tasks)
-                for copy in range(c.per_task)
-            ]
-            facts = self.episodes.play(directory, pool, requests, policy_name="player")
-        texts = []
-        for episode in read_trajectories(directory / EPISODES):
-            texts += [episode.instruction, episode.first_observation]
-            texts += [text for step in episode.steps for text in (step.answer, step.observation)]
-        tokenizer = train_bpe(texts, vocab_size=self.config.tokenizer.vocab_size)
-        save_tokenizer(tokenizer, directory / "tokenizer")
-        return facts | {"vocab_size": len(tokenizer)}
-
-    def _make_pretrained(
-        self, which: str, agent: Agent, transcripts: Stage, directory: Path
-    ) -> dict[str, Any]:
-        c = self.config.pretrain
-        sequences, too_long = to_sequences(
-            agent.template,
-            read_episodes(transcripts),
-            self.config.models.max_length,
-            all_tokens=c.loss_on == "all",
-        )
-        return self.training.fit_sft(
-            directory,
-            f"pretraining, {which}",
-            agent,
-            *agent.init(c.seed),
-            sequences,
-            steps=c[f"{which}_steps"],
-            learning_rate=c.learning_rate,
-            rows=c.rows,
-            seed=c.seed,
-            source="the stage transcripts",
-            too_long=too_long,
-        )
 
     def _make_expert_episodes(self, split: str, count: int, directory: Path) -> dict[str, Any]:
         c = self.config
@@ -401,7 +311,7 @@ class _Run:
         inputs = {"start": strong, "episodes": episodes}
         inputs |= {"targets": targets} if targets is not None else {}
         fields = ("seed", "train", "mesh", "models")
-        return self._stage(f"train/{stage_name}", fields, inputs, make)
+        return self.stages.run(f"train/{stage_name}", fields, inputs, make)
 
     def _preference_method(
         self, name: str, reference: Stage, rollouts: Stage, targets: Stage
@@ -413,7 +323,7 @@ class _Run:
             with np.load(targets.directory / f"{target}.npz") as arrays:
                 pairs, too_long = to_pairs(
                     agent.template,
-                    self._read_by(agent, read_episodes(rollouts)),
+                    agent.as_read(read_episodes(rollouts)),
                     c.models.max_length,
                     dict(arrays),
                 )
@@ -431,7 +341,7 @@ class _Run:
 
         inputs = {"reference": reference, "rollouts": rollouts, "targets": targets}
         fields = ("seed", "train", "mesh", "models")
-        return self._stage(f"train/{name}", fields, inputs, make)
+        return self.stages.run(f"train/{name}", fields, inputs, make)
 
     def _evaluated(self, name: str, mode: str, policy: Stage) -> Stage:
         c, agent = self.config, self.agents["weak" if name == "weak" else "strong"]
@@ -457,7 +367,7 @@ class _Run:
         fields = ("env", "seed", "tasks.held_out", "tasks.held_out_split", "sampler",
                   "rollouts.max_new_tokens", "models.max_length")  # fmt: skip
         fields += ("evaluate.temperature",) if mode == "sampled" else ()
-        return self._stage(f"evaluate/{name}.{mode}", fields, {"policy": policy}, make)
+        return self.stages.run(f"evaluate/{name}.{mode}", fields, {"policy": policy}, make)
 
     def _reported(self, scores: Mapping[str, Mapping[str, evaluate.Scores]]) -> dict[str, Any]:
         c = self.config
@@ -468,7 +378,7 @@ class _Run:
         record = report.build_report(
             comparisons,
             headline=c.evaluate.headline,
-            stages=self.stages,
+            stages=self.stages.done,
             room=self.room,
             settings={
                 "name": c.name,
@@ -477,7 +387,7 @@ class _Run:
                 "split": c.tasks.held_out_split,
                 "train_steps": c.train.steps,
                 "left_out": report.left_out(
-                    {stage.name: stage_facts(stage) for stage in self.stages}
+                    {stage.name: stage_facts(stage) for stage in self.stages.done}
                 ),
             },
         )
@@ -491,66 +401,10 @@ class _Run:
         )
         return record
 
-    # ------------------------------------------------------------------------------ mechanics
-
-    def _stage(
-        self,
-        name: str,
-        fields: tuple[str, ...],
-        inputs: Mapping[str, Stage],
-        make: Callable[[Path], Mapping[str, Any]],
-        facts: Mapping[str, Any] | None = None,
-        *,
-        directory: Path | None = None,
-    ) -> Stage:
-        """Runs one stage, which depends on the named config fields, the given facts and its inputs
-        alone.
-        """
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        chosen = self._chosen(fields) | dict(facts or {})
-        stage = run_stage(name, directory or self.workdir / name, chosen, inputs, make)
-        state = "already there" if stage.skipped else f"{stage.seconds:.1f} s"
-        report.CONSOLE.print(f"{name:<32} {state}", markup=False, highlight=False)
-        self.stages.append(stage)
-        return stage
-
-    def _cached(self, name, fields, inputs, make) -> Stage:
-        """A stage whose results other runs share: its directory is named by its key."""
-        key = stage_key(name, self._chosen(fields), inputs)
-        return self._stage(name, fields, inputs, make, directory=self.cache / f"{name}-{key}")
-
-    def _chosen(self, fields: tuple[str, ...]) -> dict[str, Any]:
-        runtime = {"backend": jax.default_backend(), "mesh": dict(self.training.mesh.shape)}
-        return {"runtime": runtime} | {
-            field: functools.reduce(dict.__getitem__, field.split("."), self.settings)
-            for field in fields
-        }
-
-    def _read_by(self, agent: Agent, episodes: list[Trajectory]) -> list[Trajectory]:
-        """Episodes as an agent reads them: the sampled tokens are those of the weak model's
-        tokenizer; another tokenizer reads the text.
-        """
-        if self.same_tokens or agent is self.agents["weak"]:
-            return episodes
-        return [
-            dataclasses.replace(
-                episode,
-                steps=tuple(dataclasses.replace(step, answer_ids=None) for step in episode.steps),
-            )
-            for episode in episodes
-        ]
-
     def _sequences(self, agent: Agent, episodes: list[Trajectory], **options: Any):
         return to_sequences(
             agent.template,
-            self._read_by(agent, episodes),
+            agent.as_read(episodes),
             self.config.models.max_length,
             **options,
         )
-
-
-def _write_facts(facts: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
-    write_json(directory / "checkpoint.json", facts)
-    return {"checkpoint": facts["checkpoint"]}

@@ -1,0 +1,116 @@
+"""What the two models of a run start from: checkpoints, or pretraining on transcripts of play."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from w2sjax.chat import ChatTemplate, load_tokenizer, save_tokenizer, train_bpe
+from w2sjax.envs import PlayRequest
+from w2sjax.pipeline.agents import Agent, fingerprint, is_checkpoint
+from w2sjax.pipeline.episodes import EPISODES, Episodes, read_episodes
+from w2sjax.pipeline.manifests import Stage, write_json
+from w2sjax.pipeline.stages import Stages
+from w2sjax.pipeline.training import Training, to_sequences
+from w2sjax.sampling import read_trajectories
+
+
+def make_agents(stages: Stages, episodes: Episodes, training: Training) -> dict[str, Agent]:
+    """The weak and the strong model, each with the stage that its trainings start from.
+
+    Presets are pretrained first, on unlabelled play of mixed skill, whose text their tokenizer
+    comes from too; checkpoints are taken as they are, and known by their files.
+
+    Raises:
+      ValueError, OSError: a checkpoint that cannot be read.
+    """
+    config = training.config
+    sources = {which: config.models[which] for which in ("weak", "strong")}
+    transcripts = None
+    if not all(map(is_checkpoint, sources.values())):
+        transcripts = _transcripts(stages, episodes)
+    agents = {}
+    for which, source in sources.items():
+        kept = source if is_checkpoint(source) else transcripts.directory / "tokenizer"
+        template = ChatTemplate(load_tokenizer(kept))
+        agent = agents[which] = Agent(which, config, training.mesh, template)
+        if is_checkpoint(source):
+            facts = {"checkpoint": str(Path(source).absolute()), "files": fingerprint(source)}
+            make = functools.partial(_write_facts, facts)
+            agent.base = stages.run(f"checkpoint_{which}", (), {}, make, facts=facts)
+        else:
+            agent.base = _pretrained(which, agent, transcripts, stages, training)
+    sampler, reader = (agents[which].template.tokenizer for which in ("weak", "strong"))
+    agents["strong"].reads_sampled_ids = sampler.get_vocab() == reader.get_vocab()
+    return agents
+
+
+def _write_facts(facts: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
+    write_json(directory / "checkpoint.json", facts)
+    return {"checkpoint": facts["checkpoint"]}
+
+
+def _transcripts(stages: Stages, episodes: Episodes) -> Stage:
+    """Unlabelled play of mixed skill, and the tokenizer trained on its text."""
+    config = episodes.config
+
+    def make(directory: Path) -> dict[str, Any]:
+        c = config.pretrain
+        with episodes.pool(slots=max(1, config.env.workers)) as pool:
+            rng = random.Random(c.seed)
+            requests = [
+                PlayRequest(task, rng.uniform(c.random_low, c.random_high), c.seed + copy)
+                for task in pool.task_ids("pretrain", c.tasks)
+                for copy in range(c.per_task)
+            ]
+            facts = episodes.play(directory, pool, requests, policy_name="player")
+        texts = []
+        for episode in read_trajectories(directory / EPISODES):
+            texts += [episode.instruction, episode.first_observation]
+            texts += [text for step in episode.steps for text in (step.answer, step.observation)]
+        tokenizer = train_bpe(texts, vocab_size=config.tokenizer.vocab_size)
+        save_tokenizer(tokenizer, directory / "tokenizer")
+        return facts | {"vocab_size": len(tokenizer)}
+
+    fields = ("env.name", "env.options", "tokenizer", "pretrain.seed", "pretrain.tasks",
+              "pretrain.per_task", "pretrain.random_low", "pretrain.random_high")  # fmt: skip
+    return stages.run("transcripts", fields, {}, make, shared=True)
+
+
+def _pretrained(
+    which: str, agent: Agent, transcripts: Stage, stages: Stages, training: Training
+) -> Stage:
+    """A preset's model after pretraining."""
+    config = training.config
+
+    def make(directory: Path) -> dict[str, Any]:
+        c = config.pretrain
+        sequences, too_long = to_sequences(
+            agent.template,
+            read_episodes(transcripts),
+            config.models.max_length,
+            all_tokens=c.loss_on == "all",
+        )
+        return training.fit_sft(
+            directory,
+            f"pretraining, {which}",
+            agent,
+            *agent.init(c.seed),
+            sequences,
+            steps=c[f"{which}_steps"],
+            learning_rate=c.learning_rate,
+            rows=c.rows,
+            seed=c.seed,
+            source="the stage transcripts",
+            too_long=too_long,
+        )
+
+    fields = ("pretrain", f"models.{which}", "models.max_length", "models.param_dtype",
+              "models.compute_dtype", "models.remat", "models.attention", "train.optimizer",
+              "train.schedule", "train.warmup_steps", "train.weight_decay", "train.clip_norm",
+              "train.accumulate", "mesh")  # fmt: skip
+    inputs = {"transcripts": transcripts}
+    return stages.run(f"pretrained_{which}", fields, inputs, make, shared=True)

@@ -1,0 +1,73 @@
+"""Running the stages of one job: which settings each depends on, where it lies, what is done."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from w2sjax import report
+from w2sjax.pipeline.manifests import Stage, run_stage, stage_key
+
+Make = Callable[[Path], Mapping[str, Any]]  # fills a directory, returns facts for the manifest
+
+
+class Stages:
+    """The stages of one run, as far as they are done.
+
+    Args:
+      settings: the config as JSON values.
+      workdir: where stages lie.
+      cache: where those lie that other runs share.
+      mesh: what models run on; part of every stage's key.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], workdir: Path, cache: Path, mesh: Mesh):
+        self.done: list[Stage] = []
+        self._settings, self._workdir, self._cache = settings, workdir, cache
+        self._runtime = {"backend": jax.default_backend(), "mesh": dict(mesh.shape)}
+
+    def run(
+        self,
+        name: str,
+        fields: tuple[str, ...],
+        inputs: Mapping[str, Stage],
+        make: Make,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        shared: bool = False,
+    ) -> Stage:
+        """Runs one stage, or finds it done.
+
+        Args:
+          name: its directory, relative to the workdir.
+          fields: what of the config it depends on, with dots.
+          inputs: the stages that it reads.
+          make: makes it.
+          facts: what it depends on beside.
+          shared: it lies in the cache, under its key, for other runs too.
+
+        Returns:
+          The finished stage.
+
+        Raises:
+          ValueError: its directory was made with other settings or inputs, or was changed.
+        """
+        for stage in self.done:
+            if stage.name == name:
+                return stage
+        chosen = {"runtime": self._runtime} | dict(facts or {})
+        for field in fields:
+            chosen[field] = functools.reduce(dict.__getitem__, field.split("."), self._settings)
+        directory = self._workdir / name
+        if shared:
+            directory = self._cache / f"{name}-{stage_key(name, chosen, inputs)}"
+        stage = run_stage(name, directory, chosen, inputs, make)
+        state = "already there" if stage.skipped else f"{stage.seconds:.1f} s"
+        report.CONSOLE.print(f"{name:<32} {state}", markup=False, highlight=False)
+        self.done.append(stage)
+        return stage
