@@ -133,6 +133,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.warmup_steps = 20
     c.train.weight_decay = 0.01
     c.train.clip_norm = 1.0
+    c.train.ema_decay = 0.0  # keeps parameters averaged over updates, with this decay; 0: the last
     c.train.checkpoint_every = 200  # steps between checkpoints that a resumed run starts from
 
     c.mesh = ml_collections.ConfigDict()  # device counts; −1 takes what is left
@@ -332,6 +333,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require("train.optimizer", OPTIMIZERS.__contains__, f"one of {', '.join(OPTIMIZERS)}")
     require("train.schedule", SCHEDULES.__contains__, f"one of {', '.join(SCHEDULES)}")
     require("tokenizer.vocab_size", lambda v: v >= SMALLEST_VOCAB, f"{SMALLEST_VOCAB} or more")
+    require("train.ema_decay", lambda v: 0 <= v < 1, "at least 0 and less than 1")
     require("name", lambda v: v and set(v) <= _NAME, "letters, digits, _ and - only")
     if set(PREFERENCE_METHODS) & set(config.methods):
         require("train.preference_steps", lambda v: v > 0, "greater than 0 for preference methods")

@@ -6,7 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from w2sjax.train import decay_mask, make_optimizer, make_schedule
+from w2sjax.train import (
+    averaged_params,
+    decay_mask,
+    init_state,
+    make_optimizer,
+    make_schedule,
+)
 
 NAMES = ("adafactor", "adam", "adamw", "lion", "sgd")
 
@@ -136,3 +142,30 @@ def test_impossible_settings_are_named(options, message):
 def test_an_unknown_option_is_an_error():
     with pytest.raises(TypeError, match="momentums"):
         make_optimizer("sgd", learning_rate=1.0, total_steps=2, momentums=0.9)
+
+
+def test_the_average_follows_the_parameters_and_changes_nothing():
+    numbers = dict(learning_rate=0.1, total_steps=20, weight_decay=0.1, schedule="constant")
+    params = {"w": jnp.ones((3, 2)), "half": jnp.ones(4, jnp.bfloat16)}
+    plain, averaged = (make_optimizer("adamw", **numbers, ema_decay=d) for d in (0.0, 0.75))
+    states = [init_state(params, tx) for tx in (plain, averaged)]
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float32), params)
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        grads = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), params)
+        for index, tx in enumerate((plain, averaged)):
+            state = states[index]
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            new = optax.apply_updates(state.params, updates)
+            states[index] = state.replace(params=new, opt_state=opt_state)
+        expected = jax.tree.map(
+            lambda a, p: 0.75 * a + 0.25 * np.asarray(p, np.float32), expected, states[1].params
+        )
+    jax.tree.map(np.testing.assert_array_equal, states[0].params, states[1].params)
+    assert averaged_params(states[0]) is states[0].params
+    found = averaged_params(states[1])
+    assert found["half"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
+    assert np.abs(found["w"] - states[1].params["w"]).max() > 1e-2
+    with pytest.raises(ValueError, match="ema_decay"):
+        make_optimizer("adamw", **numbers, ema_decay=1.0)

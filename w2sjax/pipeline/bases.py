@@ -111,6 +111,6 @@ def _pretrained(
     fields = ("pretrain", f"models.{which}", "models.max_length", "models.param_dtype",
               "models.compute_dtype", "models.remat", "models.attention", "train.optimizer",
               "train.schedule", "train.warmup_steps", "train.weight_decay", "train.clip_norm",
-              "train.accumulate", "mesh")  # fmt: skip
+              "train.accumulate", "train.ema_decay", "mesh")  # fmt: skip
     inputs = {"transcripts": transcripts}
     return stages.run(f"pretrained_{which}", fields, inputs, make, shared=True)

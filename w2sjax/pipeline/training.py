@@ -135,6 +135,7 @@ class Training:
             schedule=c.schedule,
             weight_decay=c.weight_decay,
             clip_norm=c.clip_norm,
+            ema_decay=c.ema_decay,
         )
         # Lengths and rates of trainings are data of their states, so one program serves them all.
         key = (policy, loss)
@@ -166,7 +167,7 @@ class Training:
                 metrics_path=directory / "metrics.jsonl",
                 on_step=lambda step, _total, metrics: update(step, f"loss {metrics['loss']:.3f}"),
             )
-        agent.save(directory, result.state.params)
+        agent.save(directory, train.averaged_params(result.state))
         shutil.rmtree(directory / _STATES)
 
 

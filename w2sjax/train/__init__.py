@@ -1,7 +1,7 @@
 """Training over plain functions: optimizers, the update, scoring, and the run."""
 
 from w2sjax.train.loop import FitResult, fit
-from w2sjax.train.optim import decay_mask, make_optimizer, make_schedule
+from w2sjax.train.optim import averaged_params, decay_mask, make_optimizer, make_schedule
 from w2sjax.train.score import SequenceScorer, make_sequence_scorer
 from w2sjax.train.state import TrainState, init_state
 from w2sjax.train.step import TrainStep, make_train_step
@@ -11,6 +11,7 @@ __all__ = [
     "SequenceScorer",
     "TrainState",
     "TrainStep",
+    "averaged_params",
     "decay_mask",
     "fit",
     "init_state",

@@ -127,6 +127,49 @@ def _scale_by_rate(
     return optax.GradientTransformation(init, update)
 
 
+class AverageState(NamedTuple):
+    """Parameters averaged over training."""
+
+    average: Any  # pytree of the parameters' shapes and dtypes, float32 at least
+
+
+def _average_parameters(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the parameters after each update; changes none."""
+
+    def wide(leaf):
+        return jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32))
+
+    def init(params):
+        return AverageState(jax.tree.map(wide, params))
+
+    def update(updates, state, params=None):
+        new = optax.apply_updates(params, updates)
+        average = optax.incremental_update(jax.tree.map(wide, new), state.average, 1 - decay)
+        return updates, AverageState(average)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged_params(state: Any) -> Any:
+    """The parameters to keep of a training state: their moving average where the optimizer has one
+    (`ema_decay`), else the last ones; in their own dtypes.
+
+    Args:
+      state: a `TrainState`.
+
+    Returns:
+      pytree of arrays.
+    """
+
+    def is_average(node):
+        return isinstance(node, AverageState)
+
+    for node in jax.tree.leaves(state.opt_state, is_leaf=is_average):
+        if is_average(node):
+            return jax.tree.map(lambda a, p: a.astype(p.dtype), node.average, state.params)
+    return state.params
+
+
 def decay_mask(params: Any) -> Any:
     """True where weight decay applies: on matrices, not on vectors, nor on leaves called `bias` or
     `scale`.
@@ -155,6 +198,7 @@ def make_optimizer(
     final_fraction: float = 0.0,
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
+    ema_decay: float = 0.0,
     **options: float,
 ) -> optax.GradientTransformation:
     """An optimizer: clip, direction, decoupled weight decay, learning rate, in this order.
@@ -170,6 +214,8 @@ def make_optimizer(
       weight_decay: each update subtracts learning_rate · weight_decay · parameter where
         `decay_mask` says so.
       clip_norm: gradients are scaled down to this global norm; None leaves them.
+      ema_decay: d, keeps an average of the parameters, a ← d·a + (1 − d)·parameters after each
+        update (`averaged_params`); 0 keeps none.
       **options: of the direction in optax, such as b1, b2, eps (adam, adamw, lion), momentum (sgd),
         or adafactor's.
 
@@ -188,6 +234,8 @@ def make_optimizer(
         )
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"clip_norm must be above 0, or None; got {clip_norm}.")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1); got {ema_decay}.")
     numbers = {
         "learning_rate": learning_rate,
         "total_steps": total_steps,
@@ -200,4 +248,6 @@ def make_optimizer(
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, decay_mask))
     parts.append(_scale_by_rate(schedule, final_fraction, **numbers))
+    if ema_decay:
+        parts.append(_average_parameters(ema_decay))
     return optax.chain(*parts)
