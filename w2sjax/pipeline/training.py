@@ -40,13 +40,7 @@ class Training:
 
     def model_config(self, which: str, vocab_size: int) -> models.ModelConfig:
         """The shape of the weak or the strong model."""
-        c = self.config.models
-        return models.preset(
-            c[which],
-            vocab_size=vocab_size,
-            max_length=c.max_length,
-            compute_dtype=c.compute_dtype,
-        )
+        return model_config(self.config.models, which, vocab_size)
 
     def load(self, which: str, vocab_size: int, stage: Stage) -> Any:
         """A finished stage's parameters, born where they will live."""
@@ -188,6 +182,27 @@ class Training:
             )
         save_params(directory / _PARAMS, result.state.params, overwrite=True)
         shutil.rmtree(directory / _STATES)
+
+
+def model_config(
+    c: ml_collections.ConfigDict, which: str, vocab_size: int | None
+) -> models.ModelConfig:
+    """The shape that the section `models` of a config says.
+
+    Args:
+      c: the section.
+      which: "weak" or "strong".
+      vocab_size: tokens of the tokenizer; None for a published model's own.
+
+    Returns:
+      The shape.
+    """
+    return models.preset(
+        c[which],
+        vocab_size=vocab_size,
+        max_length=c.max_length,
+        compute_dtype=c.compute_dtype,
+    )
 
 
 def to_sequences(
