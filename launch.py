@@ -1,4 +1,7 @@
-"""Runs the main job: python launch.py --config=configs/household.py [--config.a.b=x]."""
+"""Runs the main job: python launch.py --config=configs/household.py [--config.a.b=x].
+
+With --plan it only says how much memory the config needs on each device.
+"""
 
 import os
 import sys
@@ -24,6 +27,10 @@ _WORKDIR = flags.DEFINE_string(
 _START_OVER = flags.DEFINE_bool(
     "start_over", False, "Delete what another config left in the workdir."
 )
+_PLAN = flags.DEFINE_bool("plan", False, "Print the memory needed per device; start nothing.")
+_PLAN_DEVICES = flags.DEFINE_integer(
+    "plan_devices", None, "How many devices --plan assumes; those that are there by default."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -31,9 +38,14 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(
             f"unexpected argument {argv[1]!r}; settings are flags like --config.seed=1"
         )
+    if _PLAN_DEVICES.value is not None and not _PLAN.value:
+        raise app.UsageError("--plan_devices says what --plan assumes; give --plan too")
     logging.set_verbosity(logging.WARNING)
     workdir = _WORKDIR.value or f"runs/{_CONFIG.value.name}"
     try:
+        if _PLAN.value:
+            pipeline.plan(_CONFIG.value, num_devices=_PLAN_DEVICES.value)
+            return
         pipeline.run(_CONFIG.value, workdir, start_over=_START_OVER.value)
     except pipeline.USER_ERRORS as error:
         sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))

@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
     c = default_config()
     c.name = "llama_scienceworld"
     c.env.name = "scienceworld"
-    c.env.workers = 16
+    c.env.workers = 8
     c.env.options.simplification = "easy"
     c.env.options.heap_mb = 512
     c.env.options.tasks = (
@@ -38,8 +38,10 @@ def get_config(arg: str = ""):
     c.models.weak = "llama-2-7b"
     c.models.strong = "llama-2-13b"
     c.rollouts.max_new_tokens = 128  # a thought and an action
+    c.sampler.slots = 8  # every device holds the whole cache, 3 GiB a slot of the 13B model
     if arg == "tpu":
         c.mesh.fsdp = 16
+        c.sampler.slots = c.env.workers = 4
     elif arg:
         raise ValueError(f"configs/llama_scienceworld.py has no variant {arg!r}; known: tpu")
     return c.lock()

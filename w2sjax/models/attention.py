@@ -245,6 +245,11 @@ def attend(
     return jnp.swapaxes(mixed, 1, 2).astype(value.dtype)
 
 
+def num_blocks(length: int) -> int:
+    """How many blocks of queries `attend_backwards` cuts a row of this many tokens into."""
+    return max(1, length // _BLOCK)
+
+
 def attend_backwards(
     query: chex.Array, key: chex.Array, value: chex.Array, mask: chex.Array, **options: float | None
 ) -> chex.Array:
@@ -261,7 +266,7 @@ def attend_backwards(
       float [S, L, H, E].
     """
     length = query.shape[1]
-    blocks = max(1, length // _BLOCK)
+    blocks = num_blocks(length)
     bounds = [length * block // blocks for block in range(blocks + 1)]
     parts = [
         attend(

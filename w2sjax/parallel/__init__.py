@@ -1,6 +1,6 @@
 """Device meshes, and rules that split parameters over them. Knows no model."""
 
-from w2sjax.parallel.mesh import AXES, batch_sharding, make_mesh, replicated
+from w2sjax.parallel.mesh import AXES, batch_sharding, make_mesh, mesh_sizes, replicated
 from w2sjax.parallel.rules import (
     Rules,
     init_sharded,
@@ -17,6 +17,7 @@ __all__ = [
     "init_sharded",
     "make_mesh",
     "match_spec",
+    "mesh_sizes",
     "param_shardings",
     "path_name",
     "replicated",

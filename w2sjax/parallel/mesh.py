@@ -42,6 +42,31 @@ def make_mesh(
       {'data': 1, 'fsdp': 1, 'tensor': 1}
     """
     devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(data, fsdp, tensor, num_devices=len(devices))
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def mesh_sizes(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, num_devices: int
+) -> dict[str, int]:
+    """The sizes of the axes over so many devices, which need not be there.
+
+    Args:
+      data, fsdp, tensor: as in `make_mesh`.
+      num_devices: how many there are to be.
+
+    Returns:
+      Axis → size, without −1.
+
+    Raises:
+      ValueError: as in `make_mesh`.
+
+    Example:
+      >>> mesh_sizes(fsdp=4, num_devices=8)
+      {'data': 2, 'fsdp': 4, 'tensor': 1}
+    """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     for name, size in sizes.items():
         if size < 1 and size != -1:
@@ -51,20 +76,18 @@ def make_mesh(
         raise ValueError(f"only one mesh axis may be -1 (fill), got {' and '.join(fills)}")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if fills:
-        if len(devices) % fixed:
+        if num_devices % fixed:
             raise ValueError(
-                f"mesh {_describe(sizes)}: {len(devices)} devices cannot be divided by {fixed}, "
+                f"mesh {_describe(sizes)}: {num_devices} devices cannot be divided by {fixed}, "
                 f"the product of the given sizes, to fill {fills[0]}"
             )
-        sizes[fills[0]] = len(devices) // fixed
-    elif fixed != len(devices):
+        sizes[fills[0]] = num_devices // fixed
+    elif fixed != num_devices:
         raise ValueError(
-            f"mesh {_describe(sizes)} needs {fixed} devices, there are {len(devices)}; "
+            f"mesh {_describe(sizes)} needs {fixed} devices, there are {num_devices}; "
             "set one size to -1 to fill"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return sizes
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -3,5 +3,6 @@ other.
 """
 
 from w2sjax.pipeline.order import USER_ERRORS, cache_directory, run
+from w2sjax.pipeline.plan import plan
 
-__all__ = ["USER_ERRORS", "cache_directory", "run"]
+__all__ = ["USER_ERRORS", "cache_directory", "plan", "run"]

@@ -22,12 +22,47 @@ from w2sjax.types import Policy, Trajectory
 
 PARAMS = "params"  # of what a stage trained: all parameters, or the adapters alone
 EXPORT = "hf"  # the same as a Hugging Face directory
+_HOW = ("param_dtype", "compute_dtype", "remat", "attention")  # set beside any shape
 _SAMPLE = 2**20  # bytes of each file that a checkpoint is recognised by
 
 
 def is_checkpoint(model: str) -> bool:
     """Whether config.models.weak or strong is a directory rather than a preset."""
     return model not in models.PRESETS
+
+
+def shapes(
+    c: ml_collections.ConfigDict, which: str, vocab_size: int | None
+) -> tuple[models.ModelConfig, models.ModelConfig]:
+    """What the section `models` of a config makes of a model.
+
+    Args:
+      c: the section.
+      which: "weak" or "strong".
+      vocab_size: tokens of a preset's tokenizer; None for a published shape's own vocabulary.
+        Checkpoints bring theirs.
+
+    Returns:
+      The plain shape, and the one that is trained: with adapters, where they are asked for.
+
+    Raises:
+      ValueError: the checkpoint's config cannot be read, or its context is shorter than
+        `max_length`.
+    """
+    changes = {field: c[field] for field in _HOW}
+    if is_checkpoint(c[which]):
+        plain = models.read_config(c[which], **changes)
+        if c.max_length > plain.max_length:
+            raise ValueError(
+                f"config.models.max_length is {c.max_length}, but {c[which]} was made for "
+                f"{plain.max_length} tokens"
+            )
+    else:
+        plain = models.preset(c[which], vocab_size=vocab_size, max_length=c.max_length, **changes)
+    lora = None
+    if c.lora_rank:
+        lora = models.Lora(c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora_targets)
+    return plain, dataclasses.replace(plain, lora=lora)
 
 
 def fingerprint(path: str) -> dict[str, Any]:
@@ -60,30 +95,13 @@ class Agent:
         self.template, self.base, self.reads_sampled_ids = template, None, True
         self._mesh, self._which = mesh, which
         self._export = c.export
-        changes = {
-            field: c[field] for field in ("param_dtype", "compute_dtype", "remat", "attention")
-        }
         self.source = c[which] if is_checkpoint(c[which]) else None
-        if self.source is None:
-            self.plain = models.preset(
-                c[which], vocab_size=template.vocab_size, max_length=c.max_length, **changes
+        self.plain, self.tuned = shapes(c, which, template.vocab_size)
+        if template.vocab_size > self.plain.vocab_size:
+            raise ValueError(
+                f"{self.source}: its tokenizer has {template.vocab_size} tokens, its model only "
+                f"{self.plain.vocab_size}"
             )
-        else:
-            self.plain = models.read_config(self.source, **changes)
-            if template.vocab_size > self.plain.vocab_size:
-                raise ValueError(
-                    f"{self.source}: its tokenizer has {template.vocab_size} tokens, its model "
-                    f"only {self.plain.vocab_size}"
-                )
-            if c.max_length > self.plain.max_length:
-                raise ValueError(
-                    f"config.models.max_length is {c.max_length}, but {self.source} was made for "
-                    f"{self.plain.max_length} tokens"
-                )
-        lora = None
-        if c.lora_rank:
-            lora = models.Lora(c.lora_rank, c.lora_alpha, c.lora_dropout, c.lora_targets)
-        self.tuned = dataclasses.replace(self.plain, lora=lora)
 
     def as_read(self, episodes: Sequence[Trajectory]) -> list[Trajectory]:
         """Episodes as this model reads them: without the sampled token ids, where those are another
@@ -154,10 +172,7 @@ class Agent:
     def _read_base(self) -> chex.ArrayTree:
         if self.source is None:
             return self._read(self.base, self.plain, None)
-        changes = {
-            field: getattr(self.plain, field)
-            for field in ("param_dtype", "compute_dtype", "remat", "attention")
-        }
+        changes = {field: getattr(self.plain, field) for field in _HOW}
         return models.load_hf(self.source, mesh=self._mesh, **changes)[1]
 
     def _read(self, stage: Stage, config: models.ModelConfig, part: str | None) -> chex.ArrayTree:

@@ -3,8 +3,10 @@
 from w2sjax.report.progress import CONSOLE, progress_bar
 from w2sjax.report.tables import (
     build_report,
+    bytes_text,
     interval_text,
     left_out,
+    plan_table,
     render_markdown,
     terminal_tables,
 )
@@ -12,8 +14,10 @@ from w2sjax.report.tables import (
 __all__ = [
     "CONSOLE",
     "build_report",
+    "bytes_text",
     "interval_text",
     "left_out",
+    "plan_table",
     "progress_bar",
     "render_markdown",
     "terminal_tables",

@@ -159,6 +159,39 @@ def _by_mode(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def bytes_text(size: int) -> str:
+    """`13.0 GiB`: a number of bytes in the largest unit of which it has one."""
+    amount, units = float(size), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount, units = amount / 1024, units[1:]
+    return f"{amount:.0f} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def plan_table(title: str, columns: Mapping[str, Mapping[str, Mapping[str, str | int]]]) -> Table:
+    """What models need, side by side, for a terminal.
+
+    Args:
+      title: of the table.
+      columns: header → section → label → text, or a number of bytes. All have the same labels;
+        those that start with "sum" are set off.
+
+    Returns:
+      The table.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for header in columns:
+        table.add_column(header, justify="right")
+    first = next(iter(columns.values()))
+    for section, labels in first.items():
+        table.add_section()
+        for label in labels:
+            cells = [column[section][label] for column in columns.values()]
+            texts = [bytes_text(cell) if isinstance(cell, int) else cell for cell in cells]
+            table.add_row(label, *texts, style="bold" if label.startswith("sum") else None)
+    return table
+
+
 def terminal_tables(report: Mapping[str, Any]) -> list[Table]:
     """The same tables for a terminal."""
     tables = []
