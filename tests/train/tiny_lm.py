@@ -1,7 +1,10 @@
 """A small language model, data and a run for the tests of `train`; also a program to kill.
 
 `python tiny_lm.py run PAUSE WORKDIR ...` trains in each WORKDIR (resuming what is there), `PAUSE`
-seconds slower per update, and writes a hash of the final state to WORKDIR/final.
+seconds slower per update, and writes a hash of the final state to WORKDIR/final; SIGTERM makes it
+print the update it stopped after and exit with 143.
+`python tiny_lm.py remesh WORKDIR` prints whether a run that goes on over another mesh of 8 devices
+gives the numbers of the uninterrupted one.
 `python tiny_lm.py mesh` prints whether a mesh of 4 devices gives the numbers of one device.
 """
 
@@ -20,7 +23,13 @@ from jax.sharding import PartitionSpec
 from w2sjax.batches import Sequence, sft_batches
 from w2sjax.losses import sft_loss
 from w2sjax.parallel import make_mesh, param_shardings
-from w2sjax.train import fit, init_state, make_optimizer, make_train_step
+from w2sjax.train import (
+    TrainingInterrupted,
+    fit,
+    init_state,
+    make_optimizer,
+    make_train_step,
+)
 
 VOCABULARY, WIDTH, ROW_LENGTH = 24, 8, 24
 
@@ -92,13 +101,21 @@ def make_tx(total_steps=12):
     )
 
 
-def run(workdir, *, train_step=None, total_steps=12, on_step=None, **options):
+RULES = (
+    ("mix/kernel", PartitionSpec("fsdp", "tensor")),
+    ("bias", PartitionSpec()),
+    ("", PartitionSpec("fsdp")),
+)
+
+
+def run(workdir, *, train_step=None, total_steps=12, on_step=None, mesh=None, **options):
     """One training run in `workdir`, with checkpoints and metrics."""
     tx = make_tx(total_steps)
     workdir = pathlib.Path(workdir)
+    shardings = None if mesh is None else param_shardings(init_params(), RULES, mesh)
     return fit(
-        init_state(init_params(), tx),
-        train_step or make_train_step(apply_fn, sft_loss, tx),
+        init_state(init_params(), tx, mesh=mesh, param_shardings=shardings),
+        train_step or make_train_step(apply_fn, sft_loss, tx, mesh=mesh),
         options.pop("loader", None) or make_loader(),
         total_steps=total_steps,
         checkpoint_dir=workdir / "checkpoints",
@@ -121,24 +138,23 @@ def digest(tree):
 def _run_program(pause, workdirs):
     step = make_train_step(apply_fn, sft_loss, make_tx(30))
     for workdir in workdirs:
-        result = run(
-            workdir,
-            train_step=step,
-            total_steps=30,
-            log_every=1,
-            on_step=lambda step, total, metrics: time.sleep(pause),
-        )
+        try:
+            result = run(
+                workdir,
+                train_step=step,
+                total_steps=30,
+                log_every=1,
+                on_step=lambda step, total, metrics: time.sleep(pause),
+            )
+        except TrainingInterrupted as stopped:
+            print(stopped.step)
+            sys.exit(143)
         (pathlib.Path(workdir) / "final").write_text(f"{result.start_step} {digest(result.state)}")
 
 
 def _mesh_program():
     mesh = make_mesh(data=1, fsdp=2, tensor=2)
-    rules = (
-        ("mix/kernel", PartitionSpec("fsdp", "tensor")),
-        ("bias", PartitionSpec()),
-        ("", PartitionSpec("fsdp")),
-    )
-    shardings = param_shardings(init_params(), rules, mesh)
+    shardings = param_shardings(init_params(), RULES, mesh)
     tx = make_tx()
     loader = make_loader(rows_per_batch=8, micro_batches=2)
     losses = []
@@ -158,8 +174,34 @@ def _mesh_program():
     print("equal", np.allclose(losses[0], losses[1], rtol=1e-5))
 
 
+def _remesh_program(workdir):
+    def stop(step, total, metrics):
+        if step == 7:
+            raise KeyboardInterrupt
+
+    def go(name, mesh, **options):
+        loader = make_loader(rows_per_batch=8)
+        return run(workdir / name, mesh=mesh, loader=loader, log_every=1, **options)
+
+    data = make_mesh(data=8)
+    whole = go("whole", data)
+    try:
+        go("cut", data, on_step=stop)
+    except KeyboardInterrupt:
+        rest = go("cut", make_mesh(data=1, fsdp=4, tensor=2))
+    print("from", rest.start_step)
+    for tree in (rest.state.params, rest.state.opt_state[1].mu):
+        print("shard", tree["mix"]["kernel"].addressable_shards[0].data.shape)
+    same = jax.tree.map(
+        lambda one, other: np.allclose(one, other, rtol=1e-4, atol=1e-6), whole.state, rest.state
+    )
+    print("equal", jax.tree.all(same), np.isclose(whole.metrics["loss"], rest.metrics["loss"]))
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "run":
         _run_program(float(sys.argv[2]), sys.argv[3:])
+    elif sys.argv[1] == "remesh":
+        _remesh_program(pathlib.Path(sys.argv[2]))
     else:
         _mesh_program()

@@ -38,7 +38,7 @@ def save_params(
     Raises:
       FileExistsError: if the directory exists and is not to be overwritten.
     """
-    path = _absolute(directory)
+    path = absolute_path(directory)
     if path.exists() and not overwrite:
         raise FileExistsError(
             f"{path} exists already; choose another directory, or overwrite=True."
@@ -94,6 +94,28 @@ def load_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
         return dict(checkpointer.metadata(path).custom_metadata or {})
 
 
+def absolute_path(path: str | os.PathLike[str]) -> epath.Path:
+    """A path that does not depend on the working directory; a cloud path (`gs://…`) is one.
+
+    Args:
+      path: text, `pathlib.Path` or `etils.epath.Path`.
+
+    Returns:
+      The path, whose methods work on files and on cloud storage (with fsspec's package for it, such
+      as gcsfs, or TensorFlow installed).
+
+    Raises:
+      ValueError: on a cloud path that went through `pathlib`, which cuts a slash from it.
+    """
+    text = os.fspath(path)
+    if re.match(r"[a-z][a-z0-9]+:/(?!/)", text):
+        raise ValueError(
+            f"{text} looks like a cloud path that pathlib has cut a slash from; "
+            "pass text or an etils.epath.Path."
+        )
+    return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
 class TrainCheckpoints:
     """The last few states of a training run, or its best few, by step; use as a context manager.
 
@@ -127,7 +149,7 @@ class TrainCheckpoints:
         if best_mode not in ("min", "max"):
             raise ValueError(f'best_mode must be "min" or "max"; got {best_mode!r}.')
         _quiet()
-        self.directory = _absolute(directory)
+        self.directory = absolute_path(directory)
         self.best_metric = best_metric
         self._sign = 1 if best_mode == "max" else -1
         policy = ocp.checkpoint_managers.LatestN(keep)
@@ -236,18 +258,8 @@ def _checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
 
-def _absolute(directory: str | os.PathLike[str]) -> epath.Path:
-    text = os.fspath(directory)
-    if re.match(r"[a-z][a-z0-9]+:/(?!/)", text):
-        raise ValueError(
-            f"{text} looks like a URL that pathlib has cut a slash from; "
-            "pass a string or an etils.epath.Path."
-        )
-    return epath.Path(text if "://" in text else os.path.abspath(text))
-
-
 def _existing(directory: str | os.PathLike[str]) -> epath.Path:
-    path = _absolute(directory)
+    path = absolute_path(directory)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}: the directory does not exist.")
     if not (path / "_METADATA").exists():
