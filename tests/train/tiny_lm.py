@@ -5,6 +5,8 @@ seconds slower per update, and writes a hash of the final state to WORKDIR/final
 print the update it stopped after and exit with 143.
 `python tiny_lm.py remesh WORKDIR` prints whether a run that goes on over another mesh of 8 devices
 gives the numbers of the uninterrupted one.
+`python tiny_lm.py join ADDRESS COUNT ID PAUSE WORKDIR` trains as process ID of COUNT over a mesh of
+8 devices; prints the first update's number and what scoring gave. ADDRESS "" is a single process.
 `python tiny_lm.py mesh` prints whether a mesh of 4 devices gives the numbers of one device.
 """
 
@@ -22,12 +24,13 @@ from jax.sharding import PartitionSpec
 
 from w2sjax.batches import Sequence, sft_batches
 from w2sjax.losses import sft_loss
-from w2sjax.parallel import make_mesh, param_shardings
+from w2sjax.parallel import make_mesh, param_shardings, start_processes
 from w2sjax.train import (
     TrainingInterrupted,
     fit,
     init_state,
     make_optimizer,
+    make_sequence_scorer,
     make_train_step,
 )
 
@@ -138,18 +141,34 @@ def digest(tree):
 def _run_program(pause, workdirs):
     step = make_train_step(apply_fn, sft_loss, make_tx(30))
     for workdir in workdirs:
-        try:
-            result = run(
-                workdir,
-                train_step=step,
-                total_steps=30,
-                log_every=1,
-                on_step=lambda step, total, metrics: time.sleep(pause),
-            )
-        except TrainingInterrupted as stopped:
-            print(stopped.step)
-            sys.exit(143)
+        result = _run_or_exit(pause, workdir, train_step=step)
         (pathlib.Path(workdir) / "final").write_text(f"{result.start_step} {digest(result.state)}")
+
+
+def _run_or_exit(pause, workdir, **options):
+    try:
+        return run(
+            workdir,
+            total_steps=30,
+            log_every=1,
+            on_step=lambda step, total, metrics: time.sleep(pause),
+            **options,
+        )
+    except TrainingInterrupted as stopped:
+        print(stopped.step)
+        sys.exit(143)
+
+
+def _join_program(address, count, process, pause, workdir):
+    if address:
+        assert start_processes(address, count, process) == count
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    loader = make_loader(rows_per_batch=16, micro_batches=2)
+    step = make_train_step(apply_fn, sft_loss, make_tx(30), mesh=mesh, accumulate=2)
+    result = _run_or_exit(pause, workdir, train_step=step, mesh=mesh, loader=loader)
+    scorer = make_sequence_scorer(apply_fn, rows_per_batch=8, row_length=ROW_LENGTH, mesh=mesh)
+    scores = scorer(result.state.params, make_sequences(20))
+    print(result.start_step, *(f"{score:.9g}" for score in scores))
 
 
 def _mesh_program():
@@ -201,6 +220,9 @@ def _remesh_program(workdir):
 if __name__ == "__main__":
     if sys.argv[1] == "run":
         _run_program(float(sys.argv[2]), sys.argv[3:])
+    elif sys.argv[1] == "join":
+        _address, _count, _process, _pause, _workdir = sys.argv[2:]
+        _join_program(_address, int(_count), int(_process), float(_pause), _workdir)
     elif sys.argv[1] == "remesh":
         _remesh_program(pathlib.Path(sys.argv[2]))
     else:

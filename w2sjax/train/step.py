@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from w2sjax.losses import LossFn, Mean, per_token_logps
-from w2sjax.parallel import replicated
+from w2sjax.parallel import across_processes, replicated
 from w2sjax.train.state import TrainState, check_rows, default_mesh, row_sharding
 from w2sjax.types import PackedBatch
 
@@ -67,8 +67,10 @@ class TrainStep:
         """
         self._check(batch)
         rows = row_sharding(self._mesh, stacked=self._accumulate > 1)
+        everywhere = replicated(self._mesh)
+        batch = across_processes(batch, rows)
+        extras = across_processes(dict(extras or {}), everywhere)
         if self._jitted is None:
-            everywhere = replicated(self._mesh)
             state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
             self._jitted = jax.jit(
                 self._update,
@@ -76,7 +78,7 @@ class TrainStep:
                 out_shardings=(state_shardings, everywhere),
                 donate_argnums=0,
             )
-        return self._jitted(state, batch, dict(extras or {}))
+        return self._jitted(state, batch, extras)
 
     def _check(self, batch: PackedBatch) -> None:
         shape = batch.tokens.shape
