@@ -29,6 +29,10 @@ def start(address, process, devices, pause, workdir):
     return tiny_lm.start_program(
         *("join", address, 2, process, pause, workdir),
         XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        # Started again, it need not compile again.
+        JAX_COMPILATION_CACHE_DIR=str(workdir.parent / "xla"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="-1",
     )
 
 
