@@ -53,14 +53,16 @@ def save_params(
         )
 
 
-def load_params(directory: str | os.PathLike[str], like: Any) -> Any:
+def load_params(directory: str | os.PathLike[str], like: Any, *, alone: bool = False) -> Any:
     """Reads parameters into a known structure, each array straight to its place.
 
     Args:
       directory: from `save_params`.
       like: pytree of arrays or `jax.ShapeDtypeStruct` (as from `jax.eval_shape`) with the shapes
         that are expected. Arrays come back in its dtypes, and in its shardings where it has some,
-        else on the first device.
+        else on this process's first device.
+      alone: where there are several processes, all of them make this call together, unless it is
+        made by one that loads for itself, onto its own devices.
 
     Returns:
       The same tree of arrays.
@@ -71,7 +73,7 @@ def load_params(directory: str | os.PathLike[str], like: Any) -> Any:
         shapes.
     """
     path = _existing(directory)
-    with _checkpointer() as checkpointer:
+    with _checkpointer(alone) as checkpointer:
         stored = checkpointer.metadata(path).item_metadata
         _check_match(stored, like, path)
         return checkpointer.restore(path, args=ocp.args.StandardRestore(_abstract(like)))
@@ -253,9 +255,16 @@ class TrainCheckpoints:
         return -math.inf if math.isnan(value) else value
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(alone: bool = False) -> ocp.Checkpointer:
     _quiet()
-    return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    options = ocp.options.MultiprocessingOptions()
+    if alone:
+        me = jax.process_index()
+        options = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+        )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def _existing(directory: str | os.PathLike[str]) -> epath.Path:

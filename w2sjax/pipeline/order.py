@@ -5,7 +5,8 @@
     targets → one trained model per method → episodes on held-out tasks → report
 
 Every stage reads directories and writes one, atomically, with a manifest: a matching manifest means
-skip. Inside a stage, rollouts go on by episode and training by step.
+skip. Inside a stage, rollouts go on by episode and training by step. Several processes train
+together; everything else is done by the first of them.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def run(
 
     Args:
       config: from a file of `configs/`; see `config.default_config` for its fields.
-      workdir: where everything goes; belongs to one config.
+      workdir: where everything goes; belongs to one config. It and the cache are on a file system
+        that all processes see, where there are several.
       start_over: delete what another config left there.
 
     Returns:
@@ -68,6 +70,7 @@ def run(
       on.
       OSError: the workdir cannot be written.
       FloatingPointError: a loss became NaN or infinite; the last good checkpoint is kept.
+      TrainingInterrupted: SIGTERM came during training; the same call goes on from there.
     """
     validate(config)
     _check_environment(config)
@@ -76,6 +79,8 @@ def run(
         *path, last = field.split(".")
         del functools.reduce(dict.__getitem__, path, settings)[last]
     workdir = Path(workdir).absolute()
+    if jax.process_index() > 0:
+        report.CONSOLE.quiet = True
     claim_workdir(workdir, settings, start_over=start_over)
     cache = cache_directory(config)
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
@@ -85,7 +90,8 @@ def run(
         with contextlib.closing(Episodes(config)) as episodes:
             return _Run(config, settings, workdir, cache, episodes).all_stages()
     except USER_ERRORS as error:
-        log = workdir / "error.log"
+        number = jax.process_index()
+        log = workdir / (f"error.{number}.log" if number else "error.log")
         log.write_text(traceback.format_exc())
         error.add_note(f"The whole story is in {log}")
         raise
@@ -159,6 +165,7 @@ class _Run:
                  "train.clip_norm", "mesh"),
                 {"transcripts": transcripts},
                 functools.partial(self._make_pretrained, which, transcripts),
+                together=True,
             )  # fmt: skip
         weak = self._weak_policy(bases["weak"])
         policies = {"weak": weak, "strong": bases["strong"]}
@@ -196,7 +203,7 @@ class _Run:
             )
 
         inputs = {"base": base, "demonstrations": demonstrations}
-        return self._stage("weak", ("seed", "weak", "train", "mesh"), inputs, make)
+        return self._stage("weak", ("seed", "weak", "train", "mesh"), inputs, make, together=True)
 
     def _trained(self, strong: Stage, weak: Stage) -> dict[str, Stage]:
         """The strong model, trained once per method."""
@@ -300,7 +307,7 @@ class _Run:
                 directory,
                 "weak rollouts",
                 self.template,
-                *self._model("weak", weak),
+                *self._model("weak", weak, acts=True),
                 pool,
                 [EpisodeRequest(t, r) for t in tasks for r in range(c.rollouts.per_task)],
                 temperature=c.rollouts.temperature,
@@ -365,7 +372,7 @@ class _Run:
         inputs = {"start": strong, "episodes": episodes}
         inputs |= {"targets": targets} if targets is not None else {}
         fields = ("seed", "train", "mesh", "models.max_length")
-        return self._stage(f"train/{stage_name}", fields, inputs, make)
+        return self._stage(f"train/{stage_name}", fields, inputs, make, together=True)
 
     def _preference_method(
         self, name: str, reference: Stage, rollouts: Stage, targets: Stage
@@ -391,7 +398,7 @@ class _Run:
 
         inputs = {"reference": reference, "rollouts": rollouts, "targets": targets}
         fields = ("seed", "train", "mesh", "models.max_length")
-        return self._stage(f"train/{name}", fields, inputs, make)
+        return self._stage(f"train/{name}", fields, inputs, make, together=True)
 
     def _evaluated(self, name: str, mode: str, policy: Stage) -> Stage:
         c = self.config
@@ -404,7 +411,7 @@ class _Run:
                     directory,
                     f"evaluating, {name} ({mode})",
                     self.template,
-                    *self._model("weak" if name == "weak" else "strong", policy),
+                    *self._model("weak" if name == "weak" else "strong", policy, acts=True),
                     pool,
                     [EpisodeRequest(task, 0) for task in tasks],
                     temperature=c.evaluate.temperature if mode == "sampled" else 0.0,
@@ -440,6 +447,8 @@ class _Run:
                 ),
             },
         )
+        if jax.process_index() > 0:
+            return record
         write_json(self.workdir / "report.json", record)
         (self.workdir / "report.md").write_text(report.render_markdown(record))
         for table in report.terminal_tables(record):
@@ -460,22 +469,25 @@ class _Run:
         make: Callable[[Path], Mapping[str, Any]],
         *,
         directory: Path | None = None,
+        together: bool = False,
     ) -> Stage:
         """Runs one stage, which depends on the named config fields and on its inputs alone."""
         for stage in self.stages:
             if stage.name == name:
                 return stage
         chosen = self._chosen(fields)
-        stage = run_stage(name, directory or self.workdir / name, chosen, inputs, make)
+        directory = directory or self.workdir / name
+        stage = run_stage(name, directory, chosen, inputs, make, together=together)
         state = "already there" if stage.skipped else f"{stage.seconds:.1f} s"
         report.CONSOLE.print(f"{name:<32} {state}", markup=False, highlight=False)
         self.stages.append(stage)
         return stage
 
-    def _cached(self, name, fields, inputs, make) -> Stage:
+    def _cached(self, name, fields, inputs, make, *, together: bool = False) -> Stage:
         """A stage whose results other runs share: its directory is named by its key."""
         key = stage_key(name, self._chosen(fields), inputs)
-        return self._stage(name, fields, inputs, make, directory=self.cache / f"{name}-{key}")
+        directory = self.cache / f"{name}-{key}"
+        return self._stage(name, fields, inputs, make, directory=directory, together=together)
 
     def _chosen(self, fields: tuple[str, ...]) -> dict[str, Any]:
         runtime = {"backend": jax.default_backend(), "mesh": dict(self.training.mesh.shape)}
@@ -484,10 +496,10 @@ class _Run:
             for field in fields
         }
 
-    def _model(self, which: str, stage: Stage):
-        """(policy, params) of a finished stage."""
-        vocab_size = self.template.vocab_size
-        return self.training.policy(which, vocab_size), self.training.load(which, vocab_size, stage)
+    def _model(self, which: str, stage: Stage, *, acts: bool = False):
+        """(policy, params) of a finished stage, to be trained or to act."""
+        size = self.template.vocab_size
+        return self.training.policy(which, size), self.training.load(which, size, stage, alone=acts)
 
     def _sequences(self, episodes: list[Trajectory], **options: Any):
         return to_sequences(self.template, episodes, self.config.models.max_length, **options)

@@ -31,6 +31,11 @@ class Training:
     def __init__(self, config: ml_collections.ConfigDict):
         self.config = config
         self.mesh = parallel.make_mesh(**self.config.mesh)
+        self._several = jax.process_count() > 1
+        # Where the first of several processes acts, alone.
+        self._own_mesh = (
+            parallel.make_mesh(devices=jax.local_devices()) if self._several else self.mesh
+        )
         self._train_steps: dict[tuple, train.TrainStep] = {}
 
     @functools.cache  # noqa: B019 (one Training per run; the cache should live as long as it does)
@@ -48,18 +53,21 @@ class Training:
             compute_dtype=c.compute_dtype,
         )
 
-    def load(self, which: str, vocab_size: int, stage: Stage) -> Any:
-        """A finished stage's parameters, born where they will live."""
+    def load(self, which: str, vocab_size: int, stage: Stage, *, alone: bool = False) -> Any:
+        """A finished stage's parameters, born where they will live: on the mesh, or of several
+        processes on this one's devices.
+        """
         config = self.model_config(which, vocab_size)
         init = functools.partial(models.init_params, config)
         abstract = jax.eval_shape(init, jax.random.key(0))
-        shardings = parallel.param_shardings(abstract, models.PARTITION_RULES, self.mesh)
+        mesh = self._own_mesh if alone else self.mesh
+        shardings = parallel.param_shardings(abstract, models.PARTITION_RULES, mesh)
         like = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             abstract,
             shardings,
         )
-        return load_params(stage.directory / _PARAMS, like)
+        return load_params(stage.directory / _PARAMS, like, alone=alone and self._several)
 
     def init(self, which: str, vocab_size: int, seed: int) -> Any:
         """Fresh parameters, sharded from the start."""
@@ -187,7 +195,8 @@ class Training:
                 on_step=lambda step, _total, metrics: update(step, f"loss {metrics['loss']:.3f}"),
             )
         save_params(directory / _PARAMS, result.state.params, overwrite=True)
-        shutil.rmtree(directory / _STATES)
+        if jax.process_index() == 0:
+            shutil.rmtree(directory / _STATES)
 
 
 def to_sequences(
