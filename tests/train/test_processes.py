@@ -106,3 +106,19 @@ def test_two_processes_killed_stopped_and_resumed_give_the_numbers_of_one(tmp_pa
 def test_what_does_not_join_is_named(arguments, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         start_processes(*arguments)
+
+
+def test_a_slurm_step_is_joined_and_a_shell_in_a_job_is_not(monkeypatch):
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: joined.append(given))
+    for name in ("SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "2")  # sbatch sets it in the script that calls srun
+    assert start_processes() == 1 and not joined
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node[1-2]")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    start_processes()
+    assert joined == [(None, None, None)]
+    monkeypatch.setenv("SLURM_NTASKS", "1")  # srun --pty bash
+    assert start_processes() == 1 and len(joined) == 1

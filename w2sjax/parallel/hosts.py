@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any
 
 import jax
@@ -15,8 +17,8 @@ def start_processes(
 ) -> int:
     """Joins this process with the others of the same job; before anything else is done with JAX.
 
-    On TPU pods, under SLURM and Open MPI the three are found; elsewhere give them all, to each
-    process its own `process_id`. On the CPU, processes talk through gloo.
+    On TPU pods, and in a SLURM step (`srun`) of several tasks, the three are found; elsewhere give
+    them all, to each process its own `process_id`. On the CPU, processes talk through gloo.
 
     Args:
       coordinator_address: "host:port" of process 0, with a free port.
@@ -38,21 +40,26 @@ def start_processes(
     if missing and len(missing) < len(given):
         raise ValueError(
             f"several processes: {', '.join(missing)} missing; give all of "
-            f"{', '.join(given)}, or none of them (TPU pods, SLURM and Open MPI need none)."
+            f"{', '.join(given)}, or none of them (TPU pods and SLURM need none)."
         )
     if not missing:
         _check(coordinator_address, num_processes, process_id)
+    elif not _in_slurm_step() and importlib.util.find_spec("libtpu") is None:
+        return 1
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if not missing:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
-        return num_processes
     try:
-        jax.distributed.initialize()
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
     except ValueError as error:
         if "coordinator_address" not in str(error):  # what it says where it finds no cluster
             raise
         return 1
     return jax.process_count()
+
+
+def _in_slurm_step() -> bool:
+    """Whether srun started this process as one of several; a shell inside a job is none of them."""
+    started = {"SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_LOCALID"} <= os.environ.keys()
+    return started and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
 def across_processes(tree: Any, sharding: NamedSharding) -> Any:
