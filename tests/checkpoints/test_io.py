@@ -1,16 +1,20 @@
 """Laws of checkpoints: what was written comes back, and what does not belong is refused by name."""
 
 import logging
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging as absl_logging
+from etils import epath
 
 from w2sjax.checkpoints import (
     CheckpointMismatchError,
     TrainCheckpoints,
+    absolute_path,
     load_metadata,
     load_params,
     save_params,
@@ -128,6 +132,15 @@ def test_only_the_last_ones_stay_and_torn_ones_are_not_seen(tmp_path):
     assert not torn.exists() and (tmp_path / "20").exists()
     with pytest.raises(ValueError, match="keep must be at least 1"):
         TrainCheckpoints(tmp_path, keep=0)
+
+
+def test_cloud_paths_stay_as_they_are_and_cut_ones_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(absolute_path("a/b")) == str(absolute_path(pathlib.Path("a/b"))) == f"{tmp_path}/a/b"
+    for path in ("gs://bucket/run", epath.Path("gs://bucket") / "run"):
+        assert os.fspath(absolute_path(path)) == "gs://bucket/run"
+    with pytest.raises(ValueError, match=r"gs:/bucket/run looks like a cloud path that pathlib"):
+        TrainCheckpoints(pathlib.Path("gs://bucket/run"), keep=1)
 
 
 def test_orbax_is_silent_at_info_and_others_are_not(tmp_path, caplog):

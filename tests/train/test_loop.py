@@ -176,6 +176,21 @@ def test_a_run_goes_on_over_another_mesh(tmp_path):
     assert printed.splitlines() == ["from 5", *["shard (2, 4)"] * 2, "equal True True"]
 
 
+def test_a_run_in_a_bucket_is_like_one_on_disk(tmp_path):
+    """States, metrics and parameters under gs:// paths, by way of bucket.py."""
+    program = tiny_lm.start_program("bucket", tmp_path)
+    printed, _ = program.communicate(timeout=240)
+    assert program.returncode == 0
+    assert printed.splitlines() == [
+        "published 5",
+        "from 5",
+        "equal True",
+        "metrics True",
+        "steps [5, 10, 12] 5",  # the loss falls, and the highest was asked for
+        "params True {'steps': 12}",
+    ]
+
+
 def test_the_best_checkpoint_and_the_newest_stay(tmp_path, train_step, uninterrupted):
     losses = {line["step"]: line["loss"] for line in lines(uninterrupted[0])}
     for mode, choose in (("min", min), ("max", max)):

@@ -6,7 +6,9 @@ print the update it stopped after and exit with 143.
 `python tiny_lm.py remesh WORKDIR` prints whether a run that goes on over another mesh of 8 devices
 gives the numbers of the uninterrupted one.
 `python tiny_lm.py join ADDRESS COUNT ID PAUSE WORKDIR` trains as process ID of COUNT over a mesh of
-8 devices; prints the first update's number and what scoring gave. ADDRESS "" is a single process.
+8 devices; prints the update it went on from and what scoring gave. ADDRESS "" is a single process.
+`python tiny_lm.py bucket WORKDIR` prints whether a run in a bucket, cut and resumed, ends like one
+in WORKDIR.
 `python tiny_lm.py mesh` prints whether a mesh of 4 devices gives the numbers of one device.
 """
 
@@ -17,12 +19,15 @@ import subprocess
 import sys
 import time
 
+import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import PartitionSpec
 
 from w2sjax.batches import Sequence, sft_batches
+from w2sjax.checkpoints import TrainCheckpoints, load_metadata, load_params, save_params
 from w2sjax.losses import sft_loss
 from w2sjax.parallel import make_mesh, param_shardings, start_processes
 from w2sjax.train import (
@@ -114,7 +119,7 @@ RULES = (
 def run(workdir, *, train_step=None, total_steps=12, on_step=None, mesh=None, **options):
     """One training run in `workdir`, with checkpoints and metrics."""
     tx = make_tx(total_steps)
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
     shardings = None if mesh is None else param_shardings(init_params(), RULES, mesh)
     return fit(
         init_state(init_params(), tx, mesh=mesh, param_shardings=shardings),
@@ -193,6 +198,33 @@ def _mesh_program():
     print("equal", np.allclose(losses[0], losses[1], rtol=1e-5))
 
 
+def _bucket_program(workdir):
+    bucket.open_bucket()
+    step = make_train_step(apply_fn, sft_loss, make_tx())
+    whole = run(workdir, train_step=step)
+    there = epath.Path("gs://bucket/deep/run")
+
+    def stop(step, total, metrics):
+        if step == 7:  # update 5 was followed by a checkpoint, which publishes the metrics
+            print("published", (there / "metrics.jsonl").read_text().count("\n"))
+            raise KeyboardInterrupt
+
+    best = {"best_metric": "loss", "best_mode": "max"}
+    try:
+        run(there, train_step=step, log_every=1, on_step=stop, **best)
+    except KeyboardInterrupt:
+        rest = run(there, train_step=step, **best)
+    print("from", rest.start_step)
+    print("equal", digest(rest.state) == digest(whole.state))
+    text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
+    print("metrics", (there / "metrics.jsonl").read_text() == text)
+    with TrainCheckpoints(there / "checkpoints", keep=2, **best) as checkpoints:
+        print("steps", checkpoints.steps(), checkpoints.best_step())
+    save_params(os.fspath(there / "params"), rest.state.params, {"steps": 12})
+    again = load_params(there / "params", rest.state.params)
+    print("params", digest(again) == digest(rest.state.params), load_metadata(there / "params"))
+
+
 def _remesh_program(workdir):
     def stop(step, total, metrics):
         if step == 7:
@@ -223,6 +255,8 @@ if __name__ == "__main__":
     elif sys.argv[1] == "join":
         _address, _count, _process, _pause, _workdir = sys.argv[2:]
         _join_program(_address, int(_count), int(_process), float(_pause), _workdir)
+    elif sys.argv[1] == "bucket":
+        _bucket_program(sys.argv[2])
     elif sys.argv[1] == "remesh":
         _remesh_program(pathlib.Path(sys.argv[2]))
     else:
