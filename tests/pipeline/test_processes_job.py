@@ -26,7 +26,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Two processes of one device each; one shape for all, compiled once."""
+    """A cache of its own; processes of one device each, which compile fast."""
     return os.environ | {
         "W2SJAX_CACHE": str(tmp_path_factory.mktemp("cache")),
         "JAX_PLATFORMS": "cpu",
@@ -62,10 +62,10 @@ def run_pair(environment, workdir, *flags):
     return [(program.returncode, *output) for program, output in zip(pair, outputs, strict=True)]
 
 
-def test_told_to_end_it_saves_and_says_so_and_two_processes_go_on(environment, tmp_path):
-    """The pretraining that one process began is another mesh's: its own; the rest is made by two.
+def test_told_to_end_it_saves_and_says_so_and_two_processes_make_it_all(environment, tmp_path):
+    """SIGTERM to a single process; then two of them, whose mesh is another, make all stages.
 
-    All stages are there, made once, and only the first process reports.
+    Only the first one reports. With another config both end, and say why.
     """
     workdir = tmp_path / "run"
     program = start(environment, workdir)
@@ -95,6 +95,12 @@ def test_told_to_end_it_saves_and_says_so_and_two_processes_go_on(environment, t
     assert first[0] == second[0] == 1
     assert "config.seed: was 0, now 7" in first[2]
     assert "process 0 was refused" in second[2]
+
+
+def test_a_cloud_workdir_is_refused(environment):
+    _, errors = start(environment, "gs://bucket/run").communicate(timeout=100)
+    assert "error: --workdir gs://bucket/run is a cloud path" in errors
+    assert not (ROOT / "gs:").exists()
 
 
 def test_part_of_the_flags_is_refused(environment, tmp_path):

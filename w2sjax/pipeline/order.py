@@ -72,6 +72,11 @@ def run(
       FloatingPointError: a loss became NaN or infinite; the last good checkpoint is kept.
       TrainingInterrupted: SIGTERM came during training; the same call goes on from there.
     """
+    if "://" in os.fspath(workdir):
+        raise ValueError(
+            f"--workdir {workdir} is a cloud path: stages need a file system, with locks and "
+            "renames; give a directory (only what train.fit writes may be in a bucket)."
+        )
     validate(config)
     _check_environment(config)
     settings = json.loads(config.to_json())
