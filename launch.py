@@ -4,6 +4,7 @@ With --plan it only says how much memory the config needs on each device.
 """
 
 import os
+import signal
 import sys
 
 # XLA on CPU allocates a program's temporary arrays anew at every call, and the kernel has to hand
@@ -16,7 +17,7 @@ if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not i
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from w2sjax import pipeline
+from w2sjax import parallel, pipeline, train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with an argument: file.py:arg."
@@ -31,6 +32,14 @@ _PLAN = flags.DEFINE_bool("plan", False, "Print the memory needed per device; st
 _PLAN_DEVICES = flags.DEFINE_integer(
     "plan_devices", None, "How many devices --plan assumes; those that are there by default."
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "host:port of process 0, where several processes share the work; TPU pods and SLURM need none "
+    "of these three flags.",
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def main(argv: list[str]) -> None:
@@ -46,9 +55,13 @@ def main(argv: list[str]) -> None:
         if _PLAN.value:
             pipeline.plan(_CONFIG.value, num_devices=_PLAN_DEVICES.value)
             return
+        parallel.start_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         pipeline.run(_CONFIG.value, workdir, start_over=_START_OVER.value)
     except pipeline.USER_ERRORS as error:
         sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
+    except train.TrainingInterrupted as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")
 

@@ -28,6 +28,7 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
+        "gcs": ["gcsfs>=2025.3"],  # for gs:// paths; brings what orbax needs of Google's packages
         "scienceworld": scienceworld,
         "test": [
             "hypothesis>=6.100",

@@ -1,16 +1,20 @@
 """Laws of checkpoints: what was written comes back, and what does not belong is refused by name."""
 
 import logging
+import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging as absl_logging
+from etils import epath
 
 from w2sjax.checkpoints import (
     CheckpointMismatchError,
     TrainCheckpoints,
+    absolute_path,
     load_metadata,
     load_params,
     save_params,
@@ -130,6 +134,15 @@ def test_only_the_last_ones_stay_and_torn_ones_are_not_seen(tmp_path):
         TrainCheckpoints(tmp_path, keep=0)
 
 
+def test_cloud_paths_stay_as_they_are_and_cut_ones_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(absolute_path("a/b")) == str(absolute_path(pathlib.Path("a/b"))) == f"{tmp_path}/a/b"
+    for path in ("gs://bucket/run", epath.Path("gs://bucket") / "run"):
+        assert os.fspath(absolute_path(path)) == "gs://bucket/run"
+    with pytest.raises(ValueError, match=r"gs:/bucket/run looks like a cloud path that pathlib"):
+        TrainCheckpoints(pathlib.Path("gs://bucket/run"), keep=1)
+
+
 def test_orbax_is_silent_at_info_and_others_are_not(tmp_path, caplog):
     before = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.INFO)
@@ -143,3 +156,48 @@ def test_orbax_is_silent_at_info_and_others_are_not(tmp_path, caplog):
     finally:
         absl_logging.set_verbosity(before)
     assert [record.getMessage() for record in caplog.records] == ["heard"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept", "best"),
+    [("min", {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 3, 5]}, 3), ("max", None, 4)],
+)
+def test_the_best_by_a_metric_stay_and_the_newest_always(tmp_path, mode, kept, best):
+    """Law: kept = the `keep` best so far, the later one of equals, and the newest."""
+    losses = {1: 3.0, 2: 1.0, 3: 1.0, 4: 9.0, 5: 2.0}
+    sign = 1 if mode == "min" else -1
+    options = {"keep": 2, "best_metric": "loss", "best_mode": mode}
+    for step, loss in losses.items():
+        with TrainCheckpoints(tmp_path, **options) as checkpoints:  # it is known after a restart
+            checkpoints.save(step, {"w": jnp.full(2, step)}, {"loss": loss, "other": 0.0})
+            checkpoints.wait()
+            seen = sorted(range(1, step + 1), key=lambda s: (sign * losses[s], -s))
+            wanted = sorted({*seen[:2], step})
+            assert checkpoints.steps() == wanted
+            assert kept is None or wanted == kept[step]
+            assert checkpoints.latest_step() == step
+            assert checkpoints.best_step() == seen[0]
+    with TrainCheckpoints(tmp_path, **options) as checkpoints:
+        assert checkpoints.best_step() == best
+        restored = checkpoints.restore(best, {"w": jnp.zeros(2, jnp.int32)})
+        np.testing.assert_array_equal(restored["w"], [best, best])
+
+
+def test_without_the_metric_is_worse_than_any_and_no_metric_is_refused(tmp_path):
+    state = {"w": jnp.zeros(2)}
+    with TrainCheckpoints(tmp_path, keep=9) as checkpoints:
+        checkpoints.save(1, state)
+        checkpoints.save(2, state, {"reward": 5.0})  # unused: not asked for
+        with pytest.raises(ValueError, match="give best_metric"):
+            checkpoints.best_step()
+    options = {"keep": 2, "best_metric": "reward", "best_mode": "max"}
+    with TrainCheckpoints(tmp_path, **options) as checkpoints:
+        assert checkpoints.best_step() is None
+        for step, reward in ((3, -7.0), (4, float("nan")), (5, -8.0), (6, float("nan"))):
+            checkpoints.save(step, state, {"reward": reward})
+        checkpoints.wait()
+        assert checkpoints.steps() == [3, 5, 6] and checkpoints.best_step() == 3
+        with pytest.raises(ValueError, match=r"step 7 have no 'reward'.* they have \['loss'\]"):
+            checkpoints.save(7, state, {"loss": 1.0})
+    with pytest.raises(ValueError, match='best_mode must be "min" or "max"; got \'lowest\''):
+        TrainCheckpoints(tmp_path, keep=1, best_metric="loss", best_mode="lowest")

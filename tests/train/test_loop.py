@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 
 import jax
@@ -13,7 +14,7 @@ import tiny_lm
 
 from w2sjax.checkpoints import TrainCheckpoints
 from w2sjax.losses import sft_loss
-from w2sjax.train import fit, init_state, make_train_step
+from w2sjax.train import TrainingInterrupted, fit, init_state, make_train_step
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,133 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert int(started) in (10, 15, 20)
     assert f"0 {final}" == (tmp_path / "whole" / "final").read_text()
     assert metrics.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_sigterm_finishes_the_update_saves_and_stops(tmp_path, train_step, uninterrupted):
+    """At log_every = 2, update 2 is reported during update 4, whose end is past: 5 is the last."""
+
+    def terminate(step, total, metrics):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not for the caller's handler"))
+    try:
+        mine = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(TrainingInterrupted, match="after update 5 of 12; the state is in") as e:
+            tiny_lm.run(tmp_path, train_step=train_step, on_step=terminate, checkpoint_every=100)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert e.value.step == 5 and str(tmp_path / "checkpoints") in str(e.value)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+    with TrainCheckpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.steps() == [5]
+    result = tiny_lm.run(tmp_path, train_step=train_step)
+    assert result.start_step == 5
+    assert tiny_lm.digest(result.state) == uninterrupted[1]
+    wanted = (uninterrupted[0] / "metrics.jsonl").read_bytes()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == wanted
+
+
+def test_sigterm_at_the_end_is_not_swallowed(tmp_path, train_step):
+    def terminate(step, total, metrics):
+        if step == total:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(TrainingInterrupted, match="after update 12 of 12"):
+        tiny_lm.run(tmp_path, train_step=train_step, on_step=terminate)
+    assert tiny_lm.run(tmp_path, train_step=train_step).start_step == 12
+
+
+def test_handlers_belong_to_the_main_thread_and_to_runs_that_can_save(tmp_path, train_step):
+    seen = []
+
+    def look(step, total, metrics):
+        seen.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(
+        target=lambda: tiny_lm.run(tmp_path, train_step=train_step, on_step=look)
+    )
+    thread.start()
+    thread.join()
+    fit(
+        init_state(tiny_lm.init_params(), tiny_lm.make_tx()),
+        train_step,
+        tiny_lm.make_loader(),
+        total_steps=1,
+        on_step=look,
+    )
+    assert seen == [before] * 13
+
+
+def test_terminated_and_resumed_equals_uninterrupted(tmp_path):
+    victim = tiny_lm.start_program("run", 0.05, tmp_path / "ended")
+    metrics = tmp_path / "ended" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 11:
+        assert victim.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    victim.terminate()
+    stopped = int(victim.communicate(timeout=240)[0])
+    assert victim.returncode == 143 and 11 <= stopped < 30
+    with TrainCheckpoints(tmp_path / "ended" / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.latest_step() == stopped
+    survivor = tiny_lm.start_program("run", 0, tmp_path / "ended", tmp_path / "whole")
+    survivor.communicate(timeout=240)
+    assert survivor.returncode == 0
+    started, final = (tmp_path / "ended" / "final").read_text().split()
+    assert int(started) == stopped
+    assert f"0 {final}" == (tmp_path / "whole" / "final").read_text()
+    assert metrics.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+def test_a_run_goes_on_over_another_mesh(tmp_path):
+    """Saved on data = 8, restored on fsdp = 4 × tensor = 2: the uninterrupted run's numbers."""
+    program = tiny_lm.start_program(
+        "remesh", tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=8"
+    )
+    printed, _ = program.communicate(timeout=240)
+    assert program.returncode == 0
+    assert printed.splitlines() == ["from 5", *["shard (2, 4)"] * 2, "equal True True"]
+
+
+def test_a_run_in_a_bucket_is_like_one_on_disk(tmp_path):
+    """States, metrics and parameters under gs:// paths, by way of bucket.py."""
+    program = tiny_lm.start_program("bucket", tmp_path)
+    printed, _ = program.communicate(timeout=240)
+    assert program.returncode == 0
+    assert printed.splitlines() == [
+        "published 5",
+        "from 5",
+        "equal True",
+        "metrics True",
+        "steps [5, 10, 12] 5",  # the loss falls, and the highest was asked for
+        "params True {'steps': 12}",
+    ]
+
+
+def test_the_best_checkpoint_and_the_newest_stay(tmp_path, train_step, uninterrupted):
+    losses = {line["step"]: line["loss"] for line in lines(uninterrupted[0])}
+    for mode, choose in (("min", min), ("max", max)):
+        tiny_lm.run(
+            tmp_path / mode,
+            train_step=train_step,
+            checkpoint_every=1,
+            keep=1,
+            best_metric="loss",
+            best_mode=mode,
+        )
+        best = choose(losses, key=losses.get)
+        with TrainCheckpoints(
+            tmp_path / mode / "checkpoints", keep=1, best_metric="loss", best_mode=mode
+        ) as checkpoints:
+            assert checkpoints.best_step() == best
+            assert checkpoints.steps() == sorted({best, 12})
+    with pytest.raises(ValueError, match=r"'reward' is not measured; there are \['grad_norm'"):
+        tiny_lm.run(tmp_path / "none", train_step=train_step, best_metric="reward")
+    with pytest.raises(ValueError, match="give checkpoint_dir"):
+        fit(None, train_step, tiny_lm.make_loader(), total_steps=1, best_metric="loss")
 
 
 class SpoiledLoader:

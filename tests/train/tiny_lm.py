@@ -1,7 +1,14 @@
 """A small language model, data and a run for the tests of `train`; also a program to kill.
 
 `python tiny_lm.py run PAUSE WORKDIR ...` trains in each WORKDIR (resuming what is there), `PAUSE`
-seconds slower per update, and writes a hash of the final state to WORKDIR/final.
+seconds slower per update, and writes a hash of the final state to WORKDIR/final; SIGTERM makes it
+print the update it stopped after and exit with 143.
+`python tiny_lm.py remesh WORKDIR` prints whether a run that goes on over another mesh of 8 devices
+gives the numbers of the uninterrupted one.
+`python tiny_lm.py join ADDRESS COUNT ID PAUSE WORKDIR` trains as process ID of COUNT over a mesh of
+8 devices; prints the update it went on from and what scoring gave. ADDRESS "" is a single process.
+`python tiny_lm.py bucket WORKDIR` prints whether a run in a bucket, cut and resumed, ends like one
+in WORKDIR.
 `python tiny_lm.py mesh` prints whether a mesh of 4 devices gives the numbers of one device.
 """
 
@@ -12,15 +19,25 @@ import subprocess
 import sys
 import time
 
+import bucket
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import PartitionSpec
 
 from w2sjax.batches import Sequence, sft_batches
+from w2sjax.checkpoints import TrainCheckpoints, load_metadata, load_params, save_params
 from w2sjax.losses import sft_loss
-from w2sjax.parallel import make_mesh, param_shardings
-from w2sjax.train import fit, init_state, make_optimizer, make_train_step
+from w2sjax.parallel import make_mesh, param_shardings, start_processes
+from w2sjax.train import (
+    TrainingInterrupted,
+    fit,
+    init_state,
+    make_optimizer,
+    make_sequence_scorer,
+    make_train_step,
+)
 
 VOCABULARY, WIDTH, ROW_LENGTH = 24, 8, 24
 
@@ -92,13 +109,21 @@ def make_tx(total_steps=12):
     )
 
 
-def run(workdir, *, train_step=None, total_steps=12, on_step=None, **options):
+RULES = (
+    ("mix/kernel", PartitionSpec("fsdp", "tensor")),
+    ("bias", PartitionSpec()),
+    ("", PartitionSpec("fsdp")),
+)
+
+
+def run(workdir, *, train_step=None, total_steps=12, on_step=None, mesh=None, **options):
     """One training run in `workdir`, with checkpoints and metrics."""
     tx = make_tx(total_steps)
-    workdir = pathlib.Path(workdir)
+    workdir = epath.Path(workdir)
+    shardings = None if mesh is None else param_shardings(init_params(), RULES, mesh)
     return fit(
-        init_state(init_params(), tx),
-        train_step or make_train_step(apply_fn, sft_loss, tx),
+        init_state(init_params(), tx, mesh=mesh, param_shardings=shardings),
+        train_step or make_train_step(apply_fn, sft_loss, tx, mesh=mesh),
         options.pop("loader", None) or make_loader(),
         total_steps=total_steps,
         checkpoint_dir=workdir / "checkpoints",
@@ -121,24 +146,39 @@ def digest(tree):
 def _run_program(pause, workdirs):
     step = make_train_step(apply_fn, sft_loss, make_tx(30))
     for workdir in workdirs:
-        result = run(
+        result = _run_or_exit(pause, workdir, train_step=step)
+        (pathlib.Path(workdir) / "final").write_text(f"{result.start_step} {digest(result.state)}")
+
+
+def _run_or_exit(pause, workdir, **options):
+    try:
+        return run(
             workdir,
-            train_step=step,
             total_steps=30,
             log_every=1,
             on_step=lambda step, total, metrics: time.sleep(pause),
+            **options,
         )
-        (pathlib.Path(workdir) / "final").write_text(f"{result.start_step} {digest(result.state)}")
+    except TrainingInterrupted as stopped:
+        print(stopped.step)
+        sys.exit(143)
+
+
+def _join_program(address, count, process, pause, workdir):
+    if address:
+        assert start_processes(address, count, process) == count
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    loader = make_loader(rows_per_batch=16, micro_batches=2)
+    step = make_train_step(apply_fn, sft_loss, make_tx(30), mesh=mesh, accumulate=2)
+    result = _run_or_exit(pause, workdir, train_step=step, mesh=mesh, loader=loader)
+    scorer = make_sequence_scorer(apply_fn, rows_per_batch=8, row_length=ROW_LENGTH, mesh=mesh)
+    scores = scorer(result.state.params, make_sequences(20))
+    print(result.start_step, *(f"{score:.9g}" for score in scores))
 
 
 def _mesh_program():
     mesh = make_mesh(data=1, fsdp=2, tensor=2)
-    rules = (
-        ("mix/kernel", PartitionSpec("fsdp", "tensor")),
-        ("bias", PartitionSpec()),
-        ("", PartitionSpec("fsdp")),
-    )
-    shardings = param_shardings(init_params(), rules, mesh)
+    shardings = param_shardings(init_params(), RULES, mesh)
     tx = make_tx()
     loader = make_loader(rows_per_batch=8, micro_batches=2)
     losses = []
@@ -158,8 +198,66 @@ def _mesh_program():
     print("equal", np.allclose(losses[0], losses[1], rtol=1e-5))
 
 
+def _bucket_program(workdir):
+    bucket.open_bucket()
+    step = make_train_step(apply_fn, sft_loss, make_tx())
+    whole = run(workdir, train_step=step)
+    there = epath.Path("gs://bucket/deep/run")
+
+    def stop(step, total, metrics):
+        if step == 7:  # update 5 was followed by a checkpoint, which publishes the metrics
+            print("published", (there / "metrics.jsonl").read_text().count("\n"))
+            raise KeyboardInterrupt
+
+    best = {"best_metric": "loss", "best_mode": "max"}
+    try:
+        run(there, train_step=step, log_every=1, on_step=stop, **best)
+    except KeyboardInterrupt:
+        rest = run(there, train_step=step, **best)
+    print("from", rest.start_step)
+    print("equal", digest(rest.state) == digest(whole.state))
+    text = (pathlib.Path(workdir) / "metrics.jsonl").read_text()
+    print("metrics", (there / "metrics.jsonl").read_text() == text)
+    with TrainCheckpoints(there / "checkpoints", keep=2, **best) as checkpoints:
+        print("steps", checkpoints.steps(), checkpoints.best_step())
+    save_params(os.fspath(there / "params"), rest.state.params, {"steps": 12})
+    again = load_params(there / "params", rest.state.params)
+    print("params", digest(again) == digest(rest.state.params), load_metadata(there / "params"))
+
+
+def _remesh_program(workdir):
+    def stop(step, total, metrics):
+        if step == 7:
+            raise KeyboardInterrupt
+
+    def go(name, mesh, **options):
+        loader = make_loader(rows_per_batch=8)
+        return run(workdir / name, mesh=mesh, loader=loader, log_every=1, **options)
+
+    data = make_mesh(data=8)
+    whole = go("whole", data)
+    try:
+        go("cut", data, on_step=stop)
+    except KeyboardInterrupt:
+        rest = go("cut", make_mesh(data=1, fsdp=4, tensor=2))
+    print("from", rest.start_step)
+    for tree in (rest.state.params, rest.state.opt_state[1].mu):
+        print("shard", tree["mix"]["kernel"].addressable_shards[0].data.shape)
+    same = jax.tree.map(
+        lambda one, other: np.allclose(one, other, rtol=1e-4, atol=1e-6), whole.state, rest.state
+    )
+    print("equal", jax.tree.all(same), np.isclose(whole.metrics["loss"], rest.metrics["loss"]))
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "run":
         _run_program(float(sys.argv[2]), sys.argv[3:])
+    elif sys.argv[1] == "join":
+        _address, _count, _process, _pause, _workdir = sys.argv[2:]
+        _join_program(_address, int(_count), int(_process), float(_pause), _workdir)
+    elif sys.argv[1] == "bucket":
+        _bucket_program(sys.argv[2])
+    elif sys.argv[1] == "remesh":
+        _remesh_program(pathlib.Path(sys.argv[2]))
     else:
         _mesh_program()

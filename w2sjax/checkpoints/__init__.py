@@ -3,6 +3,7 @@
 from w2sjax.checkpoints.io import (
     CheckpointMismatchError,
     TrainCheckpoints,
+    absolute_path,
     load_metadata,
     load_params,
     save_params,
@@ -11,6 +12,7 @@ from w2sjax.checkpoints.io import (
 __all__ = [
     "CheckpointMismatchError",
     "TrainCheckpoints",
+    "absolute_path",
     "load_metadata",
     "load_params",
     "save_params",

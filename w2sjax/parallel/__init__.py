@@ -1,5 +1,6 @@
-"""Device meshes, and rules that split parameters over them. Knows no model."""
+"""Device meshes, rules that split parameters over them, and processes. Knows no model."""
 
+from w2sjax.parallel.hosts import across_processes, start_processes
 from w2sjax.parallel.mesh import AXES, batch_sharding, make_mesh, mesh_sizes, replicated
 from w2sjax.parallel.rules import (
     Rules,
@@ -13,6 +14,7 @@ from w2sjax.parallel.rules import (
 __all__ = [
     "AXES",
     "Rules",
+    "across_processes",
     "batch_sharding",
     "init_sharded",
     "make_mesh",
@@ -22,4 +24,5 @@ __all__ = [
     "path_name",
     "replicated",
     "sharding_table",
+    "start_processes",
 ]

@@ -95,6 +95,10 @@ class Agent:
         self.template, self.base, self.reads_sampled_ids = template, None, True
         self._mesh, self._which = mesh, which
         self._export = c.export
+        self._several = jax.process_count() > 1
+        # Where the first of several processes acts, alone.
+        own = parallel.make_mesh(devices=jax.local_devices()) if self._several else mesh
+        self._own_mesh = own
         self.source = c[which] if is_checkpoint(c[which]) else None
         self.plain, self.tuned = shapes(c, which, template.vocab_size)
         if template.vocab_size > self.plain.vocab_size:
@@ -120,13 +124,15 @@ class Agent:
         """The model's functions for what a stage holds."""
         return models.make_policy(self.plain if stage is self.base else self.tuned)
 
-    def load(self, stage: Stage) -> chex.ArrayTree:
-        """A finished stage's parameters, born where they will live."""
-        if stage is self.base or self.tuned.lora is None:
-            if stage is self.base and self.source is not None:
-                return self._base()
-            return self._read(stage, self.plain, None)
-        return {"base": self._base(), "lora": self._read(stage, self.tuned, "lora")}
+    def load(self, stage: Stage, *, alone: bool = False) -> chex.ArrayTree:
+        """A finished stage's parameters, born where they will live: on the mesh, or of several
+        processes on this one's devices alone.
+        """
+        if stage is self.base:
+            return self._base(alone)
+        if self.tuned.lora is None:
+            return self._read(stage, self.plain, None, alone)
+        return {"base": self._base(alone), "lora": self._read(stage, self.tuned, "lora", alone)}
 
     def start(self, stage: Stage, *, seed: int) -> tuple[Policy, chex.ArrayTree]:
         """The model's functions and parameters where a training starts; adapters are drawn from the
@@ -138,7 +144,7 @@ class Agent:
         abstract = models.abstract_params(self.tuned)
         shardings = parallel.param_shardings(abstract, self._rules, self._mesh)
         draw = jax.jit(lambda key: init(key)["lora"], out_shardings=shardings["lora"])
-        params = {"base": self._base(), "lora": draw(jax.random.key(seed))}
+        params = {"base": self._base(False), "lora": draw(jax.random.key(seed))}
         return models.make_policy(self.tuned), params
 
     def init(self, seed: int) -> tuple[Policy, chex.ArrayTree]:
@@ -162,27 +168,32 @@ class Agent:
     _rules = models.PARTITION_RULES
 
     @functools.cache  # noqa: B019 (an Agent lives as long as its run; so shall its frozen base)
-    def _kept_base(self) -> chex.ArrayTree:
-        return self._read_base()
+    def _kept_base(self, alone: bool) -> chex.ArrayTree:
+        return self._read_base(alone)
 
-    def _base(self) -> chex.ArrayTree:
+    def _base(self, alone: bool) -> chex.ArrayTree:
         """The base's parameters; kept where adapters leave them as they are."""
-        return self._read_base() if self.tuned.lora is None else self._kept_base()
+        alone = alone and self._several
+        return self._read_base(alone) if self.tuned.lora is None else self._kept_base(alone)
 
-    def _read_base(self) -> chex.ArrayTree:
+    def _read_base(self, alone: bool) -> chex.ArrayTree:
         if self.source is None:
-            return self._read(self.base, self.plain, None)
+            return self._read(self.base, self.plain, None, alone)
         changes = {field: getattr(self.plain, field) for field in _HOW}
-        return models.load_hf(self.source, mesh=self._mesh, **changes)[1]
+        mesh = self._own_mesh if alone else self._mesh
+        return models.load_hf(self.source, mesh=mesh, **changes)[1]
 
-    def _read(self, stage: Stage, config: models.ModelConfig, part: str | None) -> chex.ArrayTree:
+    def _read(
+        self, stage: Stage, config: models.ModelConfig, part: str | None, alone: bool
+    ) -> chex.ArrayTree:
         abstract = models.abstract_params(config)
-        shardings = parallel.param_shardings(abstract, self._rules, self._mesh)
+        mesh = self._own_mesh if alone else self._mesh
+        shardings = parallel.param_shardings(abstract, self._rules, mesh)
         like = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             abstract,
             shardings,
         )
         like = like if part is None else {part: like[part]}
-        params = load_params(stage.directory / PARAMS, like)
+        params = load_params(stage.directory / PARAMS, like, alone=alone and self._several)
         return params if part is None else params[part]

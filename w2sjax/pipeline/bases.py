@@ -113,4 +113,5 @@ def _pretrained(
               "train.schedule", "train.warmup_steps", "train.weight_decay", "train.clip_norm",
               "train.accumulate", "train.ema_decay", "mesh")  # fmt: skip
     inputs = {"transcripts": transcripts}
-    return stages.run(f"pretrained_{which}", fields, inputs, make, shared=True)
+    name = f"pretrained_{which}"
+    return stages.run(name, fields, inputs, make, shared=True, together=True)

@@ -3,6 +3,9 @@
 A stage is known by its key: a hash of its name, the settings it reads, the keys of the stages it
 reads and the format version. While it runs, it works in `<directory>.partial`, so that a run that
 was cut off goes on there; when it is done, its manifest is written and the directory renamed.
+
+Of several processes (`jax.distributed`) the first one makes the stages and the others wait for its
+manifests, on a file system that all of them see; in stages that train all take part.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
+import random
 import shutil
 import sys
 import time
@@ -21,10 +26,15 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 FORMAT = 2
 _MANIFEST = "manifest.json"
 _KEY = "key.json"
 _HASHED_BYTES = 64 << 20
+_POLL_S = 0.2  # how often a process looks for what another one makes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +84,8 @@ def run_stage(
     settings: Mapping[str, Any],
     inputs: Mapping[str, Stage],
     make: Callable[[Path], Mapping[str, Any] | None],
+    *,
+    together: bool = False,
 ) -> Stage:
     """Runs a stage unless it is done.
 
@@ -83,7 +95,8 @@ def run_stage(
       settings: JSON values, all that `make` depends on besides the inputs.
       inputs: role → finished stage that `make` reads.
       make: fills the (possibly partly filled) directory that it is given; what it returns goes into
-      the manifest.
+        the manifest.
+      together: of several processes, all call `make` rather than the first one alone.
 
     Returns:
       The finished stage.
@@ -92,13 +105,41 @@ def run_stage(
       ValueError: the directory holds another stage's results.
     """
     key = stage_key(name, settings, inputs)
+    job = _job()
     if (done := _finished(name, directory, key)) is not None:
         return done
     partial = directory.with_name(directory.name + ".partial")
+    if jax.process_index() > 0:
+        return _follow(name, directory, partial, key, job, make if together else None)
     with _locked(partial):
         if (done := _finished(name, directory, key)) is not None:  # by the run that was waited for
             return done
-        return _make_stage(name, directory, partial, key, settings, inputs, make)
+        return _make_stage(name, directory, partial, key, job, settings, inputs, make)
+
+
+@functools.cache
+def _job() -> int:
+    """A number that the processes of one job have in common, and those of no other."""
+    return _as_first_process_has_it(random.SystemRandom().getrandbits(31))
+
+
+def _follow(name, directory, partial, key, job, make) -> Stage:
+    """What a process other than the first does: takes part if there is a `make`, then waits."""
+    while (done := _finished(name, directory, key)) is None:
+        if make is not None and _being_made(partial) == (key, job):
+            make(partial)
+            make = None
+        time.sleep(_POLL_S)
+    return done
+
+
+def _being_made(partial: Path) -> tuple[str, int] | None:
+    """The stage in work and the job that makes it; None if there is none."""
+    try:
+        found = read_json(partial / _KEY)
+    except FileNotFoundError:
+        return None
+    return found["key"], found.get("job")
 
 
 def _finished(name: str, directory: Path, key: str) -> Stage | None:
@@ -145,7 +186,7 @@ def _locked(partial: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _make_stage(name, directory, partial, key, settings, inputs, make) -> Stage:
+def _make_stage(name, directory, partial, key, job, settings, inputs, make) -> Stage:
     marker = partial / _KEY
     earlier = 0.0
     if marker.exists() and (found := read_json(marker))["key"] == key:
@@ -153,7 +194,7 @@ def _make_stage(name, directory, partial, key, settings, inputs, make) -> Stage:
     else:
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(marker, {"key": key, "seconds": earlier, "started": time.time()})
+    write_json(marker, {"key": key, "job": job, "seconds": earlier, "started": time.time()})
     start = time.monotonic()
     facts = make(partial)
     seconds = round(earlier + time.monotonic() - start, 3)
@@ -210,7 +251,7 @@ def versions() -> dict[str, str]:
 
 
 def claim_workdir(workdir: Path, config: Mapping[str, Any], *, start_over: bool) -> None:
-    """Makes a workdir this config's own.
+    """Makes a workdir this config's own; of several processes, the first one does.
 
     Args:
       workdir: created where it does not exist.
@@ -223,6 +264,27 @@ def claim_workdir(workdir: Path, config: Mapping[str, Any], *, start_over: bool)
         holds files that no run made.
       OSError: it cannot be written; the message names it.
     """
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            _claim_workdir(workdir, config, start_over)
+        except (ValueError, OSError) as error:
+            problem = error
+    failed = bool(_as_first_process_has_it(problem is not None))
+    if problem is not None:
+        raise problem
+    if failed:
+        raise ValueError(f"--workdir {workdir}: process 0 was refused; its message says why")
+
+
+def _as_first_process_has_it(value: int) -> int:
+    """The value of process 0, in all of them."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _claim_workdir(workdir: Path, config: Mapping[str, Any], start_over: bool) -> None:
     record = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)

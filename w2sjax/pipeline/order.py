@@ -5,7 +5,8 @@
     targets → one trained model per method → episodes on held-out tasks → report
 
 Every stage reads directories and writes one, atomically, with a manifest: a matching manifest means
-skip. Inside a stage, rollouts go on by episode and training by step.
+skip. Inside a stage, rollouts go on by episode and training by step. Several processes train
+together; everything else is done by the first of them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def run(
 
     Args:
       config: from a file of `configs/`; see `config.default_config` for its fields.
-      workdir: where everything goes; belongs to one config.
+      workdir: where everything goes; belongs to one config. It and the cache are on a file system
+        that all processes see, where there are several.
       start_over: delete what another config left there.
 
     Returns:
@@ -67,7 +69,13 @@ def run(
       on.
       OSError: the workdir cannot be written.
       FloatingPointError: a loss became NaN or infinite; the last good checkpoint is kept.
+      TrainingInterrupted: SIGTERM came during training; the same call goes on from there.
     """
+    if "://" in os.fspath(workdir):
+        raise ValueError(
+            f"--workdir {workdir} is a cloud path: stages need a file system, with locks and "
+            "renames; give a directory (only what train.fit writes may be in a bucket)."
+        )
     validate(config)
     _check_environment(config)
     settings = json.loads(config.to_json())
@@ -75,6 +83,8 @@ def run(
         *path, last = field.split(".")
         del functools.reduce(dict.__getitem__, path, settings)[last]
     workdir = Path(workdir).absolute()
+    if jax.process_index() > 0:
+        report.CONSOLE.quiet = True
     claim_workdir(workdir, settings, start_over=start_over)
     cache = cache_directory(config)
     jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
@@ -84,7 +94,8 @@ def run(
         with contextlib.closing(Episodes(config)) as episodes:
             return _Run(config, settings, workdir, cache, episodes).all_stages()
     except USER_ERRORS as error:
-        log = workdir / "error.log"
+        number = jax.process_index()
+        log = workdir / (f"error.{number}.log" if number else "error.log")
         log.write_text(traceback.format_exc())
         error.add_note(f"The whole story is in {log}")
         raise
@@ -177,7 +188,8 @@ class _Run:
             )
 
         inputs = {"base": agent.base, "demonstrations": demonstrations}
-        return self.stages.run("weak", ("seed", "weak", "train", "mesh", "models"), inputs, make)
+        fields = ("seed", "weak", "train", "mesh", "models")
+        return self.stages.run("weak", fields, inputs, make, together=True)
 
     def _trained(self, strong: Stage, weak: Stage) -> dict[str, Stage]:
         """The strong model, trained once per method."""
@@ -243,7 +255,7 @@ class _Run:
                 "weak rollouts",
                 agent.template,
                 agent.policy(weak),
-                agent.load(weak),
+                agent.load(weak, alone=True),
                 pool,
                 [EpisodeRequest(t, r) for t in tasks for r in range(c.rollouts.per_task)],
                 temperature=c.rollouts.temperature,
@@ -311,7 +323,7 @@ class _Run:
         inputs = {"start": strong, "episodes": episodes}
         inputs |= {"targets": targets} if targets is not None else {}
         fields = ("seed", "train", "mesh", "models")
-        return self.stages.run(f"train/{stage_name}", fields, inputs, make)
+        return self.stages.run(f"train/{stage_name}", fields, inputs, make, together=True)
 
     def _preference_method(
         self, name: str, reference: Stage, rollouts: Stage, targets: Stage
@@ -341,7 +353,7 @@ class _Run:
 
         inputs = {"reference": reference, "rollouts": rollouts, "targets": targets}
         fields = ("seed", "train", "mesh", "models")
-        return self.stages.run(f"train/{name}", fields, inputs, make)
+        return self.stages.run(f"train/{name}", fields, inputs, make, together=True)
 
     def _evaluated(self, name: str, mode: str, policy: Stage) -> Stage:
         c, agent = self.config, self.agents["weak" if name == "weak" else "strong"]
@@ -355,7 +367,7 @@ class _Run:
                     f"evaluating, {name} ({mode})",
                     agent.template,
                     agent.policy(policy),
-                    agent.load(policy),
+                    agent.load(policy, alone=True),
                     pool,
                     [EpisodeRequest(task, 0) for task in tasks],
                     temperature=c.evaluate.temperature if mode == "sampled" else 0.0,
@@ -391,6 +403,8 @@ class _Run:
                 ),
             },
         )
+        if jax.process_index() > 0:
+            return record
         write_json(self.workdir / "report.json", record)
         (self.workdir / "report.md").write_text(report.render_markdown(record))
         for table in report.terminal_tables(record):

@@ -40,6 +40,7 @@ class Stages:
         *,
         facts: Mapping[str, Any] | None = None,
         shared: bool = False,
+        together: bool = False,
     ) -> Stage:
         """Runs one stage, or finds it done.
 
@@ -50,6 +51,7 @@ class Stages:
           make: makes it.
           facts: what it depends on beside.
           shared: it lies in the cache, under its key, for other runs too.
+          together: of several processes, all make it rather than the first one alone.
 
         Returns:
           The finished stage.
@@ -66,7 +68,7 @@ class Stages:
         directory = self._workdir / name
         if shared:
             directory = self._cache / f"{name}-{stage_key(name, chosen, inputs)}"
-        stage = run_stage(name, directory, chosen, inputs, make)
+        stage = run_stage(name, directory, chosen, inputs, make, together=together)
         state = "already there" if stage.skipped else f"{stage.seconds:.1f} s"
         report.CONSOLE.print(f"{name:<32} {state}", markup=False, highlight=False)
         self.done.append(stage)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -168,7 +169,8 @@ class Training:
                 on_step=lambda step, _total, metrics: update(step, f"loss {metrics['loss']:.3f}"),
             )
         agent.save(directory, train.averaged_params(result.state))
-        shutil.rmtree(directory / _STATES)
+        if jax.process_index() == 0:
+            shutil.rmtree(directory / _STATES)
 
 
 def to_sequences(

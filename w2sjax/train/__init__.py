@@ -5,12 +5,14 @@ from w2sjax.train.optim import averaged_params, decay_mask, make_optimizer, make
 from w2sjax.train.score import SequenceScorer, make_sequence_scorer
 from w2sjax.train.state import TrainState, init_state
 from w2sjax.train.step import TrainStep, make_train_step
+from w2sjax.train.termination import TrainingInterrupted
 
 __all__ = [
     "FitResult",
     "SequenceScorer",
     "TrainState",
     "TrainStep",
+    "TrainingInterrupted",
     "averaged_params",
     "decay_mask",
     "fit",

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from w2sjax.batches import Loader
 from w2sjax.checkpoints import TrainCheckpoints
+from w2sjax.train.metrics_file import MetricsFile
 from w2sjax.train.state import TrainState
 from w2sjax.train.step import TrainStep
+from w2sjax.train.termination import Termination, TrainingInterrupted
 
 # (updates made, updates in all, that update's metrics)
 OnStep = Callable[[int, int, dict[str, float]], None]
@@ -41,6 +41,8 @@ def fit(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 0,
     keep: int = 2,
+    best_metric: str | None = None,
+    best_mode: Literal["min", "max"] = "min",
     metrics_path: str | os.PathLike[str] | None = None,
     log_every: int = 20,
     on_step: OnStep | None = None,
@@ -52,6 +54,11 @@ def fit(
     device at every update: metrics are fetched every `log_every` updates, all but the newest, and
     before each checkpoint.
 
+    With checkpoints, SIGTERM ends a run in good order: the running update is finished and saved,
+    and `TrainingInterrupted` raised. Several processes (`jax.distributed`) each make the same call,
+    with a mesh over all devices and directories that all of them see; the state is written by all,
+    the metrics by process 0.
+
     Args:
       state: the start, from `init_state`; consumed. Also says structure and shardings of what is
         restored.
@@ -59,12 +66,16 @@ def fit(
       loader: the data.
       total_steps: updates in all.
       frozen: parameters that are not trained (see `TrainStep`); in no checkpoint.
-      checkpoint_dir: where states are kept; None: nowhere, and nothing is resumed.
+      checkpoint_dir: where states are kept, a cloud path or not; None: nowhere, and nothing is
+        resumed.
       checkpoint_every: updates between checkpoints; above 0 exactly where `checkpoint_dir` is
         given. The last update is always followed by one.
-      keep: how many of them stay.
+      keep: how many of them stay: the newest, or with `best_metric` the best and the newest one.
+      best_metric: name of the metric of the saved updates that says which are best.
+      best_mode: whether lower ("min") or higher ("max") is better.
       metrics_path: JSON Lines, one object per update with `step` and the metrics. Lines past the
         restored step are dropped on resume; the same run writes the same bytes, interrupted or not.
+        A cloud path is written at each checkpoint and at the end.
       log_every: updates between fetches of the metrics.
       on_step: called for every update, in order, when its metrics have been fetched.
 
@@ -72,6 +83,7 @@ def fit(
       FitResult.
 
     Raises:
+      TrainingInterrupted: after SIGTERM, when the state is saved.
       FloatingPointError: if loss or gradient norm is NaN or infinite; step and the batch's ids are
         named, and no checkpoint holds anything of it.
       ValueError: on arguments that do not go together, or a checkpoint past `total_steps`.
@@ -87,37 +99,53 @@ def fit(
             "checkpoint_dir and checkpoint_every go together; "
             f"got {checkpoint_dir} and {checkpoint_every}."
         )
-    checkpoints = TrainCheckpoints(checkpoint_dir, keep=keep) if checkpoint_dir else None
-    log = None
-    try:
-        latest = checkpoints.latest_step() if checkpoints else None
-        if latest is not None:
-            if latest > total_steps:
-                raise ValueError(
-                    f"{checkpoint_dir} holds step {latest}, past total_steps = {total_steps}: "
-                    "this is another run's directory, or total_steps was lowered."
+    if best_metric is not None and checkpoint_dir is None:
+        raise ValueError(f"best_metric {best_metric!r} chooses checkpoints: give checkpoint_dir.")
+    with Termination(active=checkpoint_dir is not None) as termination:
+        checkpoints, log = None, None
+        try:
+            if checkpoint_dir is not None:
+                checkpoints = TrainCheckpoints(
+                    checkpoint_dir, keep=keep, best_metric=best_metric, best_mode=best_mode
                 )
-            state = checkpoints.restore(latest, state)
-        start_step = int(state.step)
-        log = _MetricsLog(metrics_path, start_step, total_steps, on_step, loader, checkpoints)
-        for step in range(start_step, total_steps):
-            loaded = loader.batch(step)
-            state, metrics = train_step(state, loaded.batch, loaded.extras, frozen)
-            done = step + 1
-            log.add(done, metrics)
-            saves = checkpoint_every and (done % checkpoint_every == 0 or done == total_steps)
-            if saves or done == total_steps:
-                log.fetch(leave=0)
-            elif done % log_every == 0:
-                log.fetch(leave=1)
-            if saves:
-                checkpoints.save(done, state)
-        return FitResult(state=state, start_step=start_step, metrics=log.last)
-    finally:
-        if log is not None:
-            log.close()
-        if checkpoints is not None:
-            checkpoints.close()
+            latest = checkpoints.latest_step() if checkpoints else None
+            if latest is not None:
+                if latest > total_steps:
+                    raise ValueError(
+                        f"{checkpoint_dir} holds step {latest}, past total_steps = {total_steps}: "
+                        "this is another run's directory, or total_steps was lowered."
+                    )
+                state = checkpoints.restore(latest, state)
+            done = start_step = int(state.step)
+            log = _MetricsLog(metrics_path, start_step, total_steps, on_step, loader, checkpoints)
+            while done < total_steps:
+                loaded = loader.batch(done)
+                state, metrics = train_step(state, loaded.batch, loaded.extras, frozen)
+                done += 1
+                if best_metric is not None and best_metric not in metrics:
+                    raise ValueError(
+                        f"best_metric {best_metric!r} is not measured; there are {sorted(metrics)}."
+                    )
+                log.add(done, metrics)
+                ends = termination.after(done) or done == total_steps
+                saves = checkpoints is not None and (ends or done % checkpoint_every == 0)
+                if saves or ends:
+                    log.fetch(leave=0)
+                elif done % log_every == 0:
+                    log.fetch(leave=1)
+                if saves:
+                    log.publish()
+                    checkpoints.save(done, state, log.last)
+                if ends:
+                    break
+        finally:
+            if log is not None:
+                log.close()
+            if checkpoints is not None:
+                checkpoints.close()
+    if termination.noted:
+        raise TrainingInterrupted(done, total_steps, checkpoints.directory)
+    return FitResult(state=state, start_step=start_step, metrics=log.last)
 
 
 class _MetricsLog:
@@ -140,7 +168,7 @@ class _MetricsLog:
         self._file = None
         self.last: dict[str, float] = {}
         if path is not None and jax.process_index() == 0:
-            self._file = _open_after(pathlib.Path(path), start_step)
+            self._file = MetricsFile(path, start_step)
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self._waiting.append((step, metrics))
@@ -154,11 +182,15 @@ class _MetricsLog:
             self._check_finite(step, metrics)
             self.last = metrics
             if self._file is not None:
-                self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+                self._file.write(step, metrics)
             if self._on_step is not None:
                 self._on_step(step, self._total_steps, metrics)
         if self._file is not None:
             self._file.flush()
+
+    def publish(self) -> None:
+        if self._file is not None:
+            self._file.publish()
 
     def close(self) -> None:
         if self._file is not None:
@@ -182,28 +214,3 @@ class _MetricsLog:
             )
             + "Lower the learning rate, clip the gradients, or look at these ids."
         )
-
-
-def _open_after(path: pathlib.Path, step: int) -> TextIO:
-    """Opens the metrics file for appending, without lines past `step`; replaced whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or _step_of(line, path, len(kept) + 1) > step:
-                break
-            kept.append(line)
-    rewritten = path.with_name(path.name + ".tmp")
-    rewritten.write_text("".join(kept), encoding="utf-8")
-    os.replace(rewritten, path)
-    return path.open("a", encoding="utf-8")
-
-
-def _step_of(line: str, path: pathlib.Path, number: int) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}, line {number}: not a line of metrics with a step ({error}); "
-            "remove the file to train without its history."
-        ) from error

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from w2sjax.batches import Sequence, fill_rows, plan_rows_decreasing
 from w2sjax.losses import per_token_logps, sequence_logps
+from w2sjax.parallel import across_processes, replicated
 from w2sjax.train.state import check_rows, default_mesh, row_sharding
 from w2sjax.types import PackedBatch
 
@@ -37,7 +38,9 @@ class SequenceScorer:
         self._row_length = row_length
         self._mesh = mesh if mesh is not None else default_mesh()
         check_rows(rows_per_batch, self._mesh)
-        self._jitted = jax.jit(self._score, static_argnames="num_sequences")
+        self._jitted = jax.jit(
+            self._score, static_argnames="num_sequences", out_shardings=replicated(self._mesh)
+        )
 
     def __call__(
         self,
@@ -79,7 +82,7 @@ class SequenceScorer:
             place = {index: position for position, index in enumerate(ids)}
             members = [[(index, place[index]) for index in row] for row in rows]
             batch = fill_rows(unique, members, num_rows=size, row_length=self._row_length)
-            batch = jax.device_put(batch, rows_over_mesh)
+            batch = jax.device_put(across_processes(batch, rows_over_mesh), rows_over_mesh)
             with jax.set_mesh(self._mesh):  # for the activations that the model constrains
                 values = self._jitted(params, batch, num_sequences=num_sequences)
             if under_way is not None:

@@ -70,7 +70,16 @@ def init_state(
 
 
 def default_mesh() -> Mesh:
-    """The first device alone."""
+    """The first device alone.
+
+    Raises:
+      ValueError: if there are several processes, since a device belongs to one of them.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"there are {jax.process_count()} processes: give a mesh over the devices of all, "
+            "such as parallel.make_mesh()."
+        )
     return make_mesh(devices=jax.devices()[:1])
 
 

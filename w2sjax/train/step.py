@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from w2sjax.losses import LossFn, Mean, per_token_logps
-from w2sjax.parallel import replicated
+from w2sjax.parallel import across_processes, replicated
 from w2sjax.train.state import TrainState, check_rows, default_mesh, row_sharding
 from w2sjax.types import PackedBatch
 
@@ -71,23 +71,26 @@ class TrainStep:
         Raises:
           ValueError: where the batch's shape does not go with `accumulate` or the mesh.
         """
-        jitted = self._compiled_for(state, batch)
+        jitted, batch, extras = self._prepared(state, batch, extras)
         with jax.set_mesh(self._mesh):  # for the activations that the model constrains
-            return jitted(state, batch, dict(extras or {}), frozen)
+            return jitted(state, batch, extras, frozen)
 
     def lower(self, state: Any, batch: Any, extras: Any = None, frozen: Any = None) -> Any:
         """The update before it is compiled, for arguments as in a call or their
         `jax.ShapeDtypeStruct` with shardings: `.compile()` tells its code and its memory.
         """
-        jitted = self._compiled_for(state, batch)
+        jitted, batch, extras = self._prepared(state, batch, extras)
         with jax.set_mesh(self._mesh):
-            return jitted.lower(state, batch, dict(extras or {}), frozen)
+            return jitted.lower(state, batch, extras, frozen)
 
-    def _compiled_for(self, state: Any, batch: Any) -> Any:
+    def _prepared(self, state: Any, batch: Any, extras: Any) -> tuple[Any, Any, Any]:
+        """The jitted update, and its arguments as several processes pass them."""
         self._check(batch)
         rows = row_sharding(self._mesh, stacked=self._accumulate > 1)
+        everywhere = replicated(self._mesh)
+        batch = across_processes(batch, rows)
+        extras = across_processes(dict(extras or {}), everywhere)
         if self._jitted is None:
-            everywhere = replicated(self._mesh)
             state_shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
             self._jitted = jax.jit(
                 self._update,
@@ -95,7 +98,7 @@ class TrainStep:
                 out_shardings=(state_shardings, everywhere),
                 donate_argnums=0,
             )
-        return self._jitted
+        return self._jitted, batch, extras
 
     def _check(self, batch: PackedBatch) -> None:
         shape = batch.tokens.shape
