@@ -82,7 +82,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     survivor.communicate(timeout=240)
     assert survivor.returncode == 0
     started, final = (tmp_path / "killed" / "final").read_text().split()
-    assert int(started) in (10, 15, 20)
+    assert int(started) in (5, 10, 15, 20)  # 10 may not have been whole yet
     assert f"0 {final}" == (tmp_path / "whole" / "final").read_text()
     assert metrics.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
