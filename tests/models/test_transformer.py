@@ -12,10 +12,12 @@ import pytest
 
 from w2sjax.models import (
     PRESETS,
+    PUBLISHED,
     Lora,
     ModelConfig,
     Transformer,
     attention,
+    families,
     init_params,
     kernels,
     make_apply_fn,
@@ -336,6 +338,35 @@ def test_presets_have_the_parameters_they_claim(name):
     abstract = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == config.num_params
     assert config.vocab_size == 400
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-2-7b", 6.74),
+        ("llama-2-13b", 13.0),
+        ("llama-3.1-8b", 8.03),
+        ("qwen2.5-1.5b", 1.54),
+        ("qwen2.5-7b", 7.62),
+        ("qwen3-8b", 8.19),
+    ],
+)
+def test_published_models_have_their_published_size_and_vocabulary(name, billions):
+    config = preset(name)
+    digits = len(str(billions).partition(".")[2])
+    assert round(config.num_params / 1e9, digits) == billions
+    assert preset(name, vocab_size=400).vocab_size == 400 != config.vocab_size
+
+
+def test_published_models_can_be_said_in_their_familys_config():
+    for config in PUBLISHED.values():
+        fields = families.to_hf(config)  # fails where it could not be read back
+        assert fields["model_type"] == config.family
+
+
+def test_a_preset_without_a_vocabulary_asks_for_it():
+    with pytest.raises(ValueError, match=r"'s' has no vocabulary.*vocab_size"):
+        preset("s")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from w2sjax.evaluate import compare, task_scores
 from w2sjax.report import (
     build_report,
+    bytes_text,
     interval_text,
     left_out,
     render_markdown,
@@ -87,3 +88,8 @@ def test_all_that_stages_left_out_is_counted():
         "train/dpo: left out too long": 4,
         "tree_dpo: below gap": 2,
     }
+
+
+def test_bytes_are_read_in_the_largest_unit_they_fill():
+    texts = [bytes_text(size) for size in (0, 1023, 1024, 13 * 2**30, 2000 * 2**40)]
+    assert texts == ["0 B", "1023 B", "1.0 KiB", "13.0 GiB", "2000.0 TiB"]

@@ -12,7 +12,7 @@ compute dtype. `A` counts norms of a block (2, or 4 with `post_norms`).
     kept per token and layer, by remat policy
       full        c·D
       dots        c·(2·D + (H + 2·K)·E + 2·F), with adapters c·(r + outputs) per adapted projection;
-                  c·D more with post_norms
+                  what the down kernel gives counts with post_norms alone, c·D
       attention   norms       4·D·A in, 4·D·A before their scale, c·D for each that a kernel follows
                   attention   c·(H + 2·K)·E and c·H·E that goes to the output kernel
                   MLP         5·c·F and c·F that goes to the down kernel
@@ -33,10 +33,11 @@ compute dtype. `A` counts norms of a block (2, or 4 with `post_norms`).
                     activations + gradients + block        backward pass through the layers
                     2·gradients                            the sum and the mean, for their norm
 
-    cache         2·c·N·K·E per position and slot, whole on every device
+    cache         2·c·N·K·E per position and slot; slots are not split over data × fsdp
     growth        as much again at most: the old cache is there while a longer one is made
-    step          the layers' parameters once more in the compute dtype (the loop over tokens gets
-                  them cut out of their stack) and the scores and logits of one token per slot
+    step          the layers' parameters once more, split as they are and in the compute dtype (the
+                  loop over tokens gets them cut out of their stack), and the scores and logits of
+                  one token per slot
     sampling      parameters + cache + the larger of growth and step
 
 Terms marked "goes to" are kept where that kernel trains or has an adapter, those "before their
@@ -133,7 +134,7 @@ def plan_memory(
       >>> mesh = {"data": 1, "fsdp": 4, "tensor": 1}
       >>> plan = plan_memory(config, optax.adam(1e-3), mesh=mesh, rows=4, row_length=64)
       >>> plan.parameters, plan.optimizer  # norms are on every device
-      (131072, 262148)
+      (132352, 264708)
     """
     if set(mesh) != set(AXES):
         raise ValueError(f"mesh must have the axes {', '.join(AXES)}, got {', '.join(mesh)}")
@@ -158,7 +159,7 @@ def plan_memory(
         activations=_activations(config, tokens, row_length, mesh),
         block=_block(config, tokens, row_length, mesh),
         logits=_logits(config, tokens, mesh),
-        **_sampling(config, slots, cache_length, mesh["tensor"]),
+        **_sampling(config, slots, cache_length, mesh),
     )
 
 
@@ -223,8 +224,16 @@ def _kept(config: ModelConfig, remat: str, row_length: int, tensor: int) -> int:
     if remat == "full":
         return c * width
     if remat == "dots":
-        outputs = {"query": queries, "key": keys, "value": keys, "gate": hidden, "up": hidden}
-        through = sum(outputs.get(site.partition("/")[2], width) for site in adapted)
+        outputs = {
+            "attention/query": queries,
+            "attention/key": keys,
+            "attention/value": keys,
+            "attention/output": width,
+            "mlp/gate": hidden,
+            "mlp/up": hidden,
+            "mlp/down": width * config.post_norms,
+        }
+        through = sum(outputs[site] for site in adapted)
         products = (2 + config.post_norms) * width + queries + 2 * keys + 2 * hidden
         return c * (products + rank + through)
     norms = 4 if config.post_norms else 2
@@ -283,13 +292,16 @@ def _logits(config: ModelConfig, tokens: int, mesh: Mapping[str, int]) -> int:
     return found
 
 
-def _sampling(config: ModelConfig, slots: int, length: int, tensor: int) -> dict[str, int]:
+def _sampling(
+    config: ModelConfig, slots: int, length: int, mesh: Mapping[str, int]
+) -> dict[str, int]:
     """Cache, growth and step; all 0 where nothing is sampled."""
     if not slots:
         return dict(cache=0, growth=0, step=0)
-    c, _ = _itemsizes(config)
-    cache = 2 * c * config.num_layers * slots * config.num_kv_heads * config.head_size * length
-    layers = c * config.num_layers * _block_params(config, tensor)
+    (c, _), tensor = _itemsizes(config), mesh["tensor"]
+    _, keys, _ = _split(config, tensor)
+    cache = 2 * c * config.num_layers * slots * keys * length
+    layers = c * config.num_layers * _block_params(config, tensor) // mesh["fsdp"]
     scores = (4 + c) * slots * (config.num_heads // tensor) * length
     logits = 8 * slots * (config.vocab_size // tensor)
     return dict(cache=cache, growth=cache, step=layers + scores + logits)
