@@ -93,6 +93,7 @@ GPU_SHAPES = {
         **_BFLOAT16,
     ),
 }
+METHODS = {"full": None, "lora": models.Lora()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +201,8 @@ def ours(policy: Path, reference: Path, pairs: Pairs) -> Contender:
     sft_step = train.make_train_step(apply_fn, losses.sft_loss, tx)
     dpo_step = train.make_train_step(apply_fn, preference_loss, tx)
     scorer = train.make_sequence_scorer(apply_fn, rows_per_batch=2 * num_pairs, row_length=length)
-    states = {"sft": train.init_state(params, tx), "dpo": train.init_state(params, tx)}
+    start = train.init_state(params, tx)
+    states = {"sft": start, "dpo": jax.tree.map(jnp.copy, start)}
     loaders = {"sft": sft_loader}
 
     def update(name: str, step: train.TrainStep) -> float:
@@ -285,7 +287,7 @@ def trl(policy: Path, reference: Path, pairs: Pairs) -> Contender:
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
         trainer.model.zero_grad()
-        return float(loss)
+        return float(loss.detach())
 
     def score() -> None:
         inputs = dpo_trainer.data_collator(
@@ -665,6 +667,7 @@ def gpu_table(
     length: int,
     rounds: int,
     peak: float,
+    methods: dict[str, models.Lora | None] = METHODS,
 ) -> dict[str, dict[str, Any]]:
     """Full fine-tuning and LoRA of each shape.
 
@@ -674,6 +677,7 @@ def gpu_table(
       length: tokens of a row, half of them prompt.
       rounds: how often each step is timed.
       peak: FLOP/s of the ceiling.
+      methods: name → adapters, or None to train all parameters.
 
     Returns:
       "name full" or "name lora" → figures, or {"error": why there are none}.
@@ -683,7 +687,7 @@ def gpu_table(
         pairs = make_pairs(
             num_pairs[name], shape.vocab_size, prompt=length // 2, answer=length - length // 2
         )
-        for method, lora in (("full", None), ("lora", models.Lora())):
+        for method, lora in methods.items():
             config = dataclasses.replace(shape, lora=lora)
             title = f"{name} {method}"
             try:
