@@ -3,10 +3,11 @@
     python benchmarks/train_step.py [--quick] [--json FILE]
 
 **On CPU**: one random Llama-shaped checkpoint, written by transformers, is loaded by all; the same
-pairs of random tokens (512 of shared prompt, 128 of answer each), float32, forward, backward, clip,
-AdamW. SFT learns the answers of the same rows. Laying out a batch counts. Peers are left out where
-they are not installed. TRL is driven as its `Trainer` does: collator, `training_step`, clipping,
-optimizer. tunix's Llama rotates with base 10⁶ whatever its config says, so the checkpoint has that.
+8 pairs of random tokens (512 of shared prompt, 128 of answer each; --quick: 1 pair of 128 and 64),
+float32, forward, backward, clip, AdamW. SFT learns the answers of the same rows. Laying out a batch
+counts. Peers are left out where they are not installed. TRL is driven as its `Trainer` does:
+collator, `training_step`, clipping, optimizer. tunix's Llama rotates with base 10⁶ whatever its
+config says, so the checkpoint has that.
 Before anything is timed, the losses of the first two updates must agree to 10⁻³: the second one
 has seen gradients, clipping and AdamW. In DPO the reference is another checkpoint than the policy,
 or every first loss would be log 2.
@@ -54,8 +55,8 @@ import optax
 from w2sjax import batches, losses, models, train
 
 BETA, RATE, CLIP = 0.1, 1e-4, 1.0
-PROMPT, ANSWER = 512, 128
 TOLERANCE = 1e-3
+_CPU_PRODUCT, _GPU_PRODUCT = 2048, 16_384
 
 # Fields of transformers' LlamaConfig.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -130,9 +131,7 @@ class Contender:
     dpo: Callable[[], float]  # one DPO update after `reference`; its loss
 
 
-def make_pairs(
-    num_pairs: int, vocab_size: int, *, prompt: int = PROMPT, answer: int = ANSWER
-) -> Pairs:
+def make_pairs(num_pairs: int, vocab_size: int, *, prompt: int, answer: int) -> Pairs:
     """Draws tokens; 0 to 2 are left to padding and the like."""
     rng = np.random.default_rng(0)
     draw = functools.partial(rng.integers, 3, vocab_size, dtype=np.int32)
@@ -422,22 +421,26 @@ def model_flops(config: models.ModelConfig, tokens: int, length: int, *, forward
     return tokens * (4 * multiplied + 6 * adapters + attention)
 
 
-def ceiling(size: int, dtype: str) -> float:
-    """FLOP/s of a large square matrix product, by XLA and, on CPU, by torch: the faster."""
+def matrix_products(size: int, dtype: str) -> dict[str, Callable[[], Any]]:
+    """Large square products, 2·size³ FLOPs each: by XLA and, on CPU, by torch; both warm."""
     left, right = jnp.ones((2, size, size), dtype)
     product = jax.jit(jnp.matmul)
-    contenders = {"xla": lambda: jax.block_until_ready(product(left, right))}
-    with contextlib.suppress(ImportError):
-        if jax.default_backend() == "cpu":
+    functions = {"xla": lambda: jax.block_until_ready(product(left, right))}
+    if jax.default_backend() == "cpu":
+        with contextlib.suppress(ImportError):
             import torch
 
             torch_left, torch_right = torch.ones((2, size, size), dtype=getattr(torch, dtype))
-            contenders["torch"] = lambda: torch_left @ torch_right
-    alternating(contenders, 1)
-    times = alternating(contenders, 7)
-    rates = {name: 2 * size**3 / statistics.median(took) for name, took in times.items()}
+            functions["torch"] = lambda: torch_left @ torch_right
+    alternating(functions, 1)
+    return functions
+
+
+def ceiling(size: int, times: dict[str, list[float]]) -> float:
+    """FLOP/s of the fastest of all products that were timed; prints each contender's."""
+    rates = {name: 2 * size**3 / min(took) for name, took in times.items()}
     shown = ", ".join(f"{name} {rate / 1e12:.3f}" for name, rate in rates.items())
-    print(f"matrix product of {size}, {dtype}: {shown} TFLOP/s", flush=True)
+    print(f"  matrix product of {size}: at best {shown} TFLOP/s", flush=True)
     return max(rates.values())
 
 
@@ -491,13 +494,14 @@ def check_losses(contenders: dict[str, Contender]) -> dict[str, list[float]]:
 
 
 def compare(
-    shape: dict[str, Any], *, num_pairs: int, rounds: int, peak: float
-) -> dict[str, dict[str, Any]]:
-    """Times and ratios of one model on CPU."""
+    shape: dict[str, Any], *, num_pairs: int, prompt: int, answer: int, rounds: int
+) -> dict[str, Any]:
+    """Times and ratios of one model on CPU; the ceiling is measured in the same rounds."""
+    products = matrix_products(_CPU_PRODUCT, "float32")
     with tempfile.TemporaryDirectory() as directory:
         paths = write_checkpoints(Path(directory), shape)
         config = models.read_config(paths[0])
-        pairs = make_pairs(num_pairs, config.vocab_size)
+        pairs = make_pairs(num_pairs, config.vocab_size, prompt=prompt, answer=answer)
         contenders = {"ours": ours(*paths, pairs)}
         contenders |= {name: make(*paths, pairs) for name, make in installed_peers()}
         found_losses = check_losses(contenders)
@@ -506,11 +510,13 @@ def compare(
             for kind in ("sft", "reference", "dpo")
             for name, contender in contenders.items()
         }
+        functions |= {(name, "product"): function for name, function in products.items()}
         times = alternating(functions, rounds)
+    peak = ceiling(_CPU_PRODUCT, {name: times.pop((name, "product")) for name in products})
     tokens, length = pairs.rows.size, pairs.rows.shape[1]
     step = model_flops(config, tokens, length)
     scoring = model_flops(config, tokens, length, forward=True)
-    result: dict[str, dict[str, Any]] = {"losses": found_losses}
+    result: dict[str, Any] = {"losses": found_losses, "ceiling_tflops": peak / 1e12}
     middle, best = _seconds(times, statistics.median), _seconds(times, min)
     for name, seconds in middle.items():
         result[name] = {
@@ -711,29 +717,36 @@ def gpu_table(
 def main() -> None:
     """Prints the comparison or the table, and writes it where --json says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="under a minute: s alone, 1 pair")
+    parser.add_argument(
+        "--quick", action="store_true", help="about a minute: s alone, one short pair"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     arguments = parser.parse_args()
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     print(f"load {load:.1f} on {cores} cores before the start", flush=True)
     if jax.default_backend() == "cpu":
-        peak = ceiling(2048, "float32")
-        sizes, num_pairs, rounds = (["s"], 1, 3) if arguments.quick else (["s", "m"], 8, 5)
+        sizes, setting = ["s", "m"], dict(num_pairs=8, prompt=512, answer=128, rounds=5)
+        if arguments.quick:
+            sizes, setting = ["s"], dict(num_pairs=1, prompt=128, answer=64, rounds=9)
         settings = {}
         for size in sizes:
-            print(f"{size}, {num_pairs} pairs of {PROMPT} + {ANSWER} tokens:", flush=True)
-            settings[size] = compare(SHAPES[size], num_pairs=num_pairs, rounds=rounds, peak=peak)
-        data = {"ratios": settings[sizes[-1]]["ratios"], "settings": settings}
+            print(
+                size + ": {num_pairs} pairs of {prompt} + {answer} tokens".format(**setting),
+                flush=True,
+            )
+            settings[size] = compare(SHAPES[size], **setting)
+        data = {"ratios": settings[sizes[-1]]["ratios"], "settings": settings, **setting}
     else:
-        peak = ceiling(16_384, "bfloat16")
+        times = alternating(matrix_products(_GPU_PRODUCT, "bfloat16"), 10)
+        peak = ceiling(_GPU_PRODUCT, times)
         shapes = {"1b": GPU_SHAPES["1b"]} if arguments.quick else GPU_SHAPES
-        table = gpu_table(shapes, num_pairs={"1b": 2, "8b": 1}, length=4096, rounds=5, peak=peak)
-        data = {"ratios": {}, "table": table}
+        pairs = {"1b": 2, "8b": 1}
+        table = gpu_table(shapes, num_pairs=pairs, length=4096, rounds=5, peak=peak)
+        data = {"ratios": {}, "table": table, "ceiling_tflops": peak / 1e12}
     data |= {
         "device": jax.devices()[0].device_kind,
         "cores": cores,
         "load_before": load,
-        "ceiling_tflops": peak / 1e12,
     }
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
