@@ -488,7 +488,8 @@ def check_losses(contenders: dict[str, Contender]) -> dict[str, list[float]]:
                 values, of["ours"], rtol=TOLERANCE, err_msg=f"{kind} losses: {name} against ours"
             )
         shown = ", ".join(f"{name} {a:.6f} {b:.6f}" for name, (a, b) in of.items())
-        print(f"  {kind} losses of the first two updates agree: {shown}", flush=True)
+        verdict = "agree" if len(of) > 1 else "(no peer to compare with)"
+        print(f"  {kind} losses of the first two updates {verdict}: {shown}", flush=True)
         found[kind] = of["ours"]
     return found
 
@@ -584,11 +585,13 @@ def make_full_update(
     return update
 
 
-def make_lora_update(
-    config: models.ModelConfig, params: Any, loss_fn: losses.LossFn
-) -> Callable[[batches.LoadedBatch], float]:
-    """An update of the adapters alone: gradients and optimizer know of nothing else."""
-    tx, apply_fn = optimizer(), models.make_apply_fn(config)
+def make_lora_step(
+    config: models.ModelConfig, loss_fn: losses.LossFn, tx: optax.GradientTransformation
+) -> Callable[..., tuple[Any, Any, jax.Array]]:
+    """(adapters, opt_state, base, batch, extras) → (adapters, opt_state, loss): gradients and
+    optimizer know of the adapters alone. The first two are consumed.
+    """
+    apply_fn = models.make_apply_fn(config)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(adapters, opt_state, base, batch, extras):
@@ -607,6 +610,15 @@ def make_lora_update(
         updates, opt_state = tx.update(grads, opt_state, adapters)
         return optax.apply_updates(adapters, updates), opt_state, loss
 
+    return step
+
+
+def make_lora_update(
+    config: models.ModelConfig, params: Any, loss_fn: losses.LossFn
+) -> Callable[[batches.LoadedBatch], float]:
+    """`make_lora_step` with its state; `params["base"]` is kept, the adapters are copied."""
+    tx = optimizer()
+    step = make_lora_step(config, loss_fn, tx)
     adapters = jax.tree.map(jnp.copy, params["lora"])
     held = [(adapters, jax.jit(tx.init)(adapters))]
 
