@@ -57,8 +57,9 @@ EQUAL = """
         config = dataclasses.replace(SHAPE, **changes)
         results = []
         one = parallel.make_mesh(devices=jax.devices()[:1])
-        meshes = [one, parallel.make_mesh(8, 1, 1), parallel.make_mesh(1, 8, 1),
-                  parallel.make_mesh(2, 1, 4), parallel.make_mesh(2, 2, 2)]
+        meshes = [one, parallel.make_mesh(2, 2, 2)]
+        if not changes:
+            meshes += [parallel.make_mesh(*sizes) for sizes in ((8, 1, 1), (1, 8, 1), (2, 1, 4))]
         for mesh in meshes:
             state, frozen, step = setup(config, mesh, tx)
             before = jax.device_get(state.params)
@@ -115,10 +116,11 @@ LOADED = """
 """
 
 
-def on_eight_devices(code, *arguments):
+def on_eight_devices(code, *arguments, in_haste=True):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(in_haste),
     }
     program = textwrap.dedent(COMMON) + textwrap.dedent(code)
     done = subprocess.run(
@@ -137,7 +139,7 @@ def test_every_mesh_gives_the_loss_and_gradients_of_one_device():
 
 
 def test_no_whole_parameter_set_is_gathered():
-    on_eight_devices(NO_WHOLE_PARAMETERS)
+    on_eight_devices(NO_WHOLE_PARAMETERS, in_haste=False)
 
 
 def test_a_checkpoint_is_read_into_shards_and_written_from_them(tmp_path):
