@@ -4,9 +4,9 @@
     python launch.py --config=configs/household.py:smoke   # every stage, tiny
     python launch.py --config=configs/household.py:dev     # on the dev split, to choose settings
 
-Hardware: 2 CPU cores, 4 GB. Time: 8 min of pretraining once, then 6.5 min a run.
-Result (3 seeds, test split, actions sampled): success .300 for the weak policy, .553 for
-sft_success, .606 for mcts_tree_dpo, .838 for the ceiling; README.md has the whole table.
+Hardware: 2 CPU cores, 4 GB. Time: 7 min of pretraining once, then 7.5 min a run.
+Result (3 seeds, test split, actions sampled): success .178 for the weak policy, .608 for
+sft_success, .688 for mcts_tree_dpo, .918 for the ceiling; README.md has the whole table.
 """
 
 from w2sjax.config import default_config
