@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hf_cases import CASES, write_checkpoint
 from safetensors.numpy import load_file, save_file
 
 from w2sjax.models import init_params, load_hf, make_apply_fn, make_policy, preset, save_hf
 
-torch = pytest.importorskip("torch")
 TOLERANCE = 2e-5  # relative to the scale of the logits
 
 

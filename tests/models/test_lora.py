@@ -6,7 +6,9 @@ import chex
 import jax
 import numpy as np
 import optax
+import peft
 import pytest
+import torch
 from hf_cases import write_checkpoint
 
 from w2sjax.batches import Sequence, sft_batches
@@ -116,7 +118,6 @@ def test_only_adapters_are_trained():
 
 @pytest.mark.parametrize("changes", [{}, {"param_dtype": "bfloat16"}], ids=str)
 def test_base_and_adapters_have_their_own_dtypes(changes, tmp_path):
-    pytest.importorskip("torch")
     write_checkpoint(tmp_path / "model", "llama2")
     _, params = load_hf(tmp_path / "model", lora=Lora(2), **changes)
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(params["base"])}
@@ -127,7 +128,6 @@ def test_base_and_adapters_have_their_own_dtypes(changes, tmp_path):
 @pytest.mark.parametrize("targets", ["attention/(query|value)", "."])
 @pytest.mark.parametrize("name", ["llama3", "gemma2"])
 def test_peft_loads_what_was_saved_and_agrees(name, targets, tmp_path):
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     model = write_checkpoint(tmp_path / "model", name)
     lora = Lora(3, alpha=5.0, targets=targets)
     config, params = load_hf(tmp_path / "model", lora=lora)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 
-import pytest
+from hf_cases import write_checkpoint
 
 COMMON = """
     import re, functools, math
@@ -143,8 +143,5 @@ def test_no_whole_parameter_set_is_gathered():
 
 
 def test_a_checkpoint_is_read_into_shards_and_written_from_them(tmp_path):
-    pytest.importorskip("torch")
-    from hf_cases import write_checkpoint
-
     write_checkpoint(tmp_path / "model", "qwen2", num_attention_heads=4, vocab_size=96)
     on_eight_devices(LOADED, tmp_path / "model")

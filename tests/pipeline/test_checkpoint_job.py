@@ -9,6 +9,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from w2sjax.models import Lora, load_hf, load_peft, make_apply_fn, merge_lora, save_hf
 
@@ -57,7 +59,6 @@ def runs(tmp_path_factory):
 
 
 def test_what_a_run_exports_is_a_checkpoint_that_transformers_loads(runs):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     path = runs[1] / "weak" / "hf"
     model = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
