@@ -59,9 +59,9 @@ def _smoke(c) -> None:
     c.pretrain.tasks = 400
     c.pretrain.random_low = 0.0
     c.pretrain.random_high = 0.3
-    c.pretrain.rows = 2
+    c.pretrain.trajectories = 3
     c.pretrain.weak_steps = 250
-    c.pretrain.strong_steps = 40  # equal steps, rates and rows where possible: compiled once
+    c.pretrain.strong_steps = 40  # equal steps, rates and batches where possible: compiled once
     c.weak.steps = 40
     c.weak.learning_rate = 2e-3
     c.rollouts.temperature = 0.7

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import ml_collections
 
+from w2sjax.batches import PACKINGS
 from w2sjax.chat.tokenizer import SMALLEST_VOCAB
+from w2sjax.losses import LOSS_TYPES
 from w2sjax.models import PRESETS, Lora
 from w2sjax.models.config import ATTENTION_IMPLEMENTATIONS, REMAT_POLICIES
 from w2sjax.train.optim import OPTIMIZERS, SCHEDULES
@@ -76,13 +78,13 @@ def default_config() -> ml_collections.ConfigDict:
     c.pretrain.weak_steps = 600  # optimizer steps of the weak model
     c.pretrain.strong_steps = 1200  # of the strong model
     c.pretrain.learning_rate = 2e-3
-    c.pretrain.rows = 4  # rows of models.max_length tokens per batch
+    c.pretrain.trajectories = 6  # transcripts per batch
     c.pretrain.loss_on = "all"  # "all" tokens, or the "agent"'s only
 
     c.weak = ml_collections.ConfigDict()  # the weak policy: SFT of the weak model on demonstrations
     c.weak.steps = 200
     c.weak.learning_rate = 1e-3
-    c.weak.rows = 2
+    c.weak.trajectories = 4  # demonstrations per batch
 
     c.rollouts = ml_collections.ConfigDict()
     c.rollouts.per_task = 8  # R
@@ -117,17 +119,28 @@ def default_config() -> ml_collections.ConfigDict:
     c.targets.awr_beta = 0.2  # temperature of tree_awr's weights
     c.targets.awr_max_weight = 10.0  # they are clipped here
 
+    c.batches = ml_collections.ConfigDict()
+    # "tree": what trajectories of a batch have in common is computed once; "none": every trajectory
+    # in a row of its own, with the same losses, for comparison and debugging
+    c.batches.packing = "tree"
+    c.batches.shapes = 2  # row lengths that a training may use, a program to compile for each
+
     # one budget for every method: optimizer steps at equal batch
     c.train = ml_collections.ConfigDict()
     c.train.steps = 600  # in all; a preference method's two phases add up to it
     c.train.preference_steps = 120  # of them, for dpo, tree_dpo and mcts_tree_dpo
     c.train.learning_rate = 1e-3
     c.train.preference_learning_rate = 5e-5
-    c.train.rows = 2  # rows of models.max_length tokens per batch
+    c.train.trajectories = 4  # per batch
     c.train.accumulate = 1  # micro-batches that a batch is cut into
     c.train.pairs = 8  # pairs per preference batch
-    c.train.beta = 0.1  # of DPO
-    c.train.chosen_sft_weight = 1.0  # weight of the chosen side's likelihood in the DPO loss
+    c.train.preference_loss = "sigmoid"  # DPO's; or "ipo", "simpo" (which has no reference)
+    c.train.beta = 0.1  # of the preference loss
+    c.train.label_smoothing = 0.0  # share of pairs taken to be the wrong way round; "sigmoid" alone
+    c.train.simpo_margin = 0.0  # by how much the chosen side has to win; "simpo" alone
+    # log-probabilities per token instead of sums in the preference loss; "simpo" always does
+    c.train.length_normalized = False
+    c.train.chosen_sft_weight = 1.0  # weight of the chosen side's likelihood beside it
     c.train.optimizer = "adamw"
     c.train.schedule = "cosine"
     c.train.warmup_steps = 20
@@ -170,11 +183,11 @@ def paper_recipe(c: ml_collections.ConfigDict) -> None:
     c.mesh.fsdp = 8  # parameters are split over all devices, and so are rows
     c.mesh.tensor = 1
     c.weak.learning_rate = 2e-5
-    c.weak.rows = 32
+    c.weak.trajectories = 32
     c.weak.steps = 60
     c.train.learning_rate = 2e-5
     c.train.preference_learning_rate = 1e-6
-    c.train.rows = 32
+    c.train.trajectories = 32
     c.train.pairs = 32
     c.train.accumulate = 2
     c.train.steps = 300
@@ -200,10 +213,10 @@ _POSITIVE = (
     "pretrain.weak_steps",
     "pretrain.strong_steps",
     "pretrain.learning_rate",
-    "pretrain.rows",
+    "pretrain.trajectories",
     "weak.steps",
     "weak.learning_rate",
-    "weak.rows",
+    "weak.trajectories",
     "rollouts.per_task",
     "rollouts.temperature",
     "rollouts.max_new_tokens",
@@ -218,9 +231,10 @@ _POSITIVE = (
     "train.steps",
     "train.learning_rate",
     "train.preference_learning_rate",
-    "train.rows",
+    "train.trajectories",
     "train.accumulate",
     "train.pairs",
+    "batches.shapes",
     "train.beta",
     "train.clip_norm",
     "train.checkpoint_every",
@@ -239,6 +253,7 @@ _NOT_NEGATIVE = (
     "targets.best_path_min_return",
     "train.preference_steps",
     "train.chosen_sft_weight",
+    "train.simpo_margin",
     "train.warmup_steps",
     "train.weight_decay",
 )
@@ -262,6 +277,8 @@ _CHOICES = {
     "targets.pair_values": ("mean", "max", "mcts"),
     "targets.pairing": ("best_vs_each", "best_vs_worst", "adjacent"),
     "targets.continuation": ("to_end", "one_step"),
+    "batches.packing": PACKINGS,
+    "train.preference_loss": LOSS_TYPES,
     "evaluate.headline": MODES,
 }
 
@@ -333,6 +350,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require("train.optimizer", OPTIMIZERS.__contains__, f"one of {', '.join(OPTIMIZERS)}")
     require("train.schedule", SCHEDULES.__contains__, f"one of {', '.join(SCHEDULES)}")
     require("tokenizer.vocab_size", lambda v: v >= SMALLEST_VOCAB, f"{SMALLEST_VOCAB} or more")
+    require("train.label_smoothing", lambda v: 0 <= v < 0.5, "at least 0 and less than 0.5")
+    if config.train.label_smoothing and config.train.preference_loss != "sigmoid":
+        problems.append("config.train.label_smoothing goes with preference_loss 'sigmoid' alone")
+    if config.train.simpo_margin and config.train.preference_loss != "simpo":
+        problems.append("config.train.simpo_margin goes with preference_loss 'simpo' alone")
     require("train.ema_decay", lambda v: 0 <= v < 1, "at least 0 and less than 1")
     require("name", lambda v: v and set(v) <= _NAME, "letters, digits, _ and - only")
     if set(PREFERENCE_METHODS) & set(config.methods):

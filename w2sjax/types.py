@@ -104,23 +104,30 @@ class TrajectoryTree:
 
 @chex.dataclass(frozen=True)
 class PackedBatch:
-    """Rows of tokens that the train step consumes: sequences, or whole token trees, side by side.
+    """Rows of token tries, laid out depth first: a prefix that sequences of a row share is there
+    once.
 
-    Token i may attend to token j of its row exactly when `j <= i < subtree_end[j]`. For a plain
-    sequence `subtree_end` is where the sequence ends; padding has `subtree_end == 0`, so nothing
-    attends to it. The logits that predict token i are those at `predecessor[i]` (i − 1 in plain
-    sequences).
+    Token i may attend to token j of its row exactly when `j <= i < subtree_end[j]`. Padding has
+    `subtree_end == 0`, so nothing attends to it. The logits that predict token i are those at
+    `predecessor[i]`, the token before it on its path: i − 1, but where a branch begins.
+
+    A path is what one sequence learns, or a part of it; its entries list the tokens. Losses over
+    single tokens need no paths (E = 0).
     """
 
     tokens: chex.Array  # int32 [S, L]
     positions: chex.Array  # int32 [S, L], position of the token on its own path
     # int32 [S, L], row index past the last token that may attend to this one
     subtree_end: chex.Array
-    # int32 [S, L], row index of the predicting token; 0 where loss_weight is 0 anyway
+    # int32 [S, L], row index of the predicting token; 0 where nothing is to be learned
     predecessor: chex.Array
-    loss_weight: chex.Array  # float32 [S, L], 0 on what the agent did not say
-    # int32 [S, L], index of the token's sequence in the batch; −1 on padding
-    sequence_id: chex.Array
+    # float32 [S, L], what the token counts in all sequences that run through it together; 0 on what
+    # the agent did not say
+    loss_weight: chex.Array
+    loss_count: chex.Array  # int32 [S, L], how many of them learn it (weight other than 0)
+    path_token: chex.Array  # int32 [S, E], row index of a token on a path
+    path_id: chex.Array  # int32 [S, E], which path of the batch; −1 past the last entry
+    path_weight: chex.Array  # float32 [S, E], what it counts there
 
 
 class Policy(NamedTuple):
@@ -128,6 +135,8 @@ class Policy(NamedTuple):
 
     apply_fn(params, tokens [S, L], *, positions [S, L], subtree_end [S, L]) →
       logits float32 [S, L, V]
+    score_fn(params, batch: PackedBatch, *, dropout_key=None) → float32 [S, L], log-probability of
+      each token that is to be learned (loss_count > 0), 0 elsewhere; no logits of a whole row
     init_cache(num_slots, max_length) → cache (a pytree, leading axes chosen by the model)
     decode_fn(params, cache, tokens [S, C], start [S], last [S]) → (logits float32 [S, V], cache):
       writes the chunk's keys and values at positions start … start+C−1 of every slot, lets each
@@ -138,6 +147,7 @@ class Policy(NamedTuple):
     """
 
     apply_fn: Callable[..., Any]
+    score_fn: Callable[..., Any]
     init_cache: Callable[..., Any]
     decode_fn: Callable[..., Any]
     resize_cache: Callable[..., Any] | None = None

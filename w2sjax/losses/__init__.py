@@ -4,25 +4,26 @@ from w2sjax.losses.logps import (
     LossFn,
     LossOutput,
     Mean,
+    ScoreFn,
     Total,
+    path_sums,
     per_token_logps,
-    sequence_lengths,
-    sequence_logps,
-    sequence_sums,
+    score_from_logits,
 )
-from w2sjax.losses.preference import dpo_loss, preference_loss
+from w2sjax.losses.preference import LOSS_TYPES, pair_loss, preference_loss
 from w2sjax.losses.sft import sft_loss
 
 __all__ = [
+    "LOSS_TYPES",
     "LossFn",
     "LossOutput",
     "Mean",
+    "ScoreFn",
     "Total",
-    "dpo_loss",
+    "pair_loss",
+    "path_sums",
     "per_token_logps",
     "preference_loss",
-    "sequence_lengths",
-    "sequence_logps",
-    "sequence_sums",
+    "score_from_logits",
     "sft_loss",
 ]

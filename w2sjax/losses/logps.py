@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -33,6 +33,8 @@ class LossOutput(NamedTuple):
     metrics: dict[str, Mean | Total]
 
 
+# (params, batch, *, dropout_key=None) → per_token_logps float32 [S, L]; see `types.Policy`
+ScoreFn = Callable[..., chex.Array]
 # (per_token_logps [S, L], batch, extras) → LossOutput
 LossFn = Callable[[chex.Array, PackedBatch, Mapping[str, chex.Array]], LossOutput]
 
@@ -60,60 +62,46 @@ def per_token_logps(logits: chex.Array, tokens: chex.Array, predecessor: chex.Ar
     return logits[rows, predecessor, tokens] - normalizer[rows, predecessor]
 
 
-def sequence_sums(
-    per_token: chex.Array, weight: chex.Array, sequence_id: chex.Array, num_sequences: int
-) -> chex.Array:
-    """Weighted sums over the tokens of each sequence; tokens without weight do not enter at all.
+def score_from_logits(apply_fn: Callable[..., chex.Array]) -> Callable[..., chex.Array]:
+    """Turns a model that gives logits into what a train step asks of one.
+
+    Args:
+      apply_fn: (params, tokens, *, positions, subtree_end) → logits [S, L, V], as in
+        `types.Policy`; it takes a `dropout_key` too where one is given.
+
+    Returns:
+      `score_fn` as in `types.Policy`. It holds the logits of all tokens at once; the library's own
+      models have one that does not (`models.make_score_fn`).
+    """
+
+    def score_fn(params: Any, batch: PackedBatch, *, dropout_key: Any = None) -> chex.Array:
+        options = {} if dropout_key is None else {"dropout_key": dropout_key}
+        logits = apply_fn(
+            params,
+            batch.tokens,
+            positions=batch.positions,
+            subtree_end=batch.subtree_end,
+            **options,
+        )
+        logps = per_token_logps(logits, batch.tokens, batch.predecessor)
+        return jnp.where(batch.loss_count > 0, logps, 0.0)
+
+    return score_fn
+
+
+def path_sums(per_token: chex.Array, batch: PackedBatch, num_paths: int) -> chex.Array:
+    """Sums over the tokens of each path, each times its weight there.
 
     Args:
       per_token: float32 [S, L].
-      weight: float32 [S, L].
-      sequence_id: int32 [S, L], 0 … Q−1, or −1 on padding.
-      num_sequences: Q.
+      batch: whose paths they are.
+      num_paths: Q.
 
     Returns:
-      float32 [Q]; 0 for a sequence that is not there.
+      float32 [Q]; 0 for a path without entries.
     """
     chex.assert_rank(per_token, 2)
-    chex.assert_equal_shape([per_token, weight, sequence_id])
-    counted = (weight != 0) & (sequence_id >= 0)
-    values = jnp.where(counted, per_token * weight, 0.0)
-    segments = jnp.where(counted, sequence_id, num_sequences)  # out of range: dropped
-    return jax.ops.segment_sum(values.ravel(), segments.ravel(), num_segments=num_sequences)
-
-
-def sequence_logps(
-    per_token_logps: chex.Array,
-    loss_weight: chex.Array,
-    sequence_id: chex.Array,
-    num_sequences: int,
-) -> chex.Array:
-    """Log-probability of each sequence's learned tokens: `sequence_sums` of `per_token_logps`.
-
-    Args:
-      per_token_logps: float32 [S, L].
-      loss_weight: float32 [S, L].
-      sequence_id: int32 [S, L], −1 on padding.
-      num_sequences: Q.
-
-    Returns:
-      float32 [Q], in nats.
-    """
-    return sequence_sums(per_token_logps, loss_weight, sequence_id, num_sequences)
-
-
-def sequence_lengths(
-    loss_weight: chex.Array, sequence_id: chex.Array, num_sequences: int
-) -> chex.Array:
-    """Number of learned tokens (weight other than 0) of each sequence.
-
-    Args:
-      loss_weight: float32 [S, L].
-      sequence_id: int32 [S, L], −1 on padding.
-      num_sequences: Q.
-
-    Returns:
-      float32 [Q].
-    """
-    learned = (loss_weight != 0).astype(jnp.float32)
-    return sequence_sums(learned, learned, sequence_id, num_sequences)
+    chex.assert_equal_shape([per_token, batch.tokens])
+    values = jnp.take_along_axis(per_token, batch.path_token, axis=1) * batch.path_weight
+    paths = jnp.where(batch.path_id < 0, num_paths, batch.path_id)  # out of range: dropped
+    return jax.ops.segment_sum(values.ravel(), paths.ravel(), num_segments=num_paths)

@@ -20,8 +20,9 @@ def sft_loss(
     weights.
 
     Multiplicities (a sequence that stands for several) and importances (exp(advantage / β) in
-    advantage-weighted regression, Peng et al. 2019) are weights. A token of weight 0 might as well
-    not be there.
+    advantage-weighted regression, Peng et al. 2019) are weights. A token that several sequences
+    share has the sum of theirs, which is why packed tries give the gradient of the sequences one by
+    one. A token of weight 0 might as well not be there.
 
     Args:
       per_token_logps: float32 [S, L], in nats.
@@ -29,18 +30,17 @@ def sft_loss(
       extras: not read; every loss has this argument.
 
     Returns:
-      loss_sum Σ w·nll; denominator Σ w; metrics `nll` (mean over learned tokens, each counted once)
-      and `tokens` (their number).
+      loss_sum Σ w·nll; denominator Σ w; metrics `nll` (mean over the learned tokens of all
+      sequences, whatever their weight) and `tokens` (their number).
     """
     del extras
-    weight = batch.loss_weight
+    weight, count = batch.loss_weight, batch.loss_count.astype(jnp.float32)
     chex.assert_rank(per_token_logps, 2)
     chex.assert_equal_shape([per_token_logps, weight])
-    learned = weight != 0
-    nll = jnp.where(learned, -per_token_logps, 0.0)
-    count = jnp.sum(learned, dtype=jnp.float32)
+    nll = jnp.where(count > 0, -per_token_logps, 0.0)
+    tokens = jnp.sum(count)
     return LossOutput(
         loss_sum=jnp.sum(nll * weight),
         denominator=jnp.sum(weight),
-        metrics={"nll": Mean(jnp.sum(nll), count), "tokens": Total(count)},
+        metrics={"nll": Mean(jnp.sum(nll * count), tokens), "tokens": Total(tokens)},
     )

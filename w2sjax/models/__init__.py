@@ -4,7 +4,13 @@ from w2sjax.models.config import Lora, ModelConfig, RopeScaling
 from w2sjax.models.hf import load_hf, read_config, save_hf
 from w2sjax.models.lora import load_peft, merge_lora, save_peft, without_adapters
 from w2sjax.models.memory import MemoryPlan, plan_memory
-from w2sjax.models.policy import abstract_params, init_params, make_apply_fn, make_policy
+from w2sjax.models.policy import (
+    abstract_params,
+    init_params,
+    make_apply_fn,
+    make_policy,
+    make_score_fn,
+)
 from w2sjax.models.presets import PRESETS, PUBLISHED, preset
 from w2sjax.models.transformer import PARTITION_RULES, Transformer
 
@@ -23,6 +29,7 @@ __all__ = [
     "load_peft",
     "make_apply_fn",
     "make_policy",
+    "make_score_fn",
     "merge_lora",
     "plan_memory",
     "preset",

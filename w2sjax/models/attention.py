@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from w2sjax.models import kernels
+from w2sjax.models.tree_attention import attend_tree
 
 _MASKED = -1e30  # finite, so that rows without any visible key stay finite too
 _BLOCK = 192  # least number of queries in a block of `attend_backwards`
@@ -23,8 +24,8 @@ _BLOCK = 192  # least number of queries in a block of `attend_backwards`
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("positions", "cos", "sin", "mask", "valid"),
-    meta_fields=("window",),
+    data_fields=("positions", "cos", "sin", "mask", "subtree_end", "valid"),
+    meta_fields=("window", "implementation"),
 )
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -33,9 +34,11 @@ class View:
     positions: chex.Array  # int32 [S, L]
     cos: chex.Array  # float32 [S, L, E/2]
     sin: chex.Array  # float32 [S, L, E/2]
-    mask: chex.Array | None  # bool [S, L, M]; None for causal rows of kernels that need no mask
+    mask: chex.Array | None  # bool [S, L, M]; None where no mask is needed
+    subtree_end: chex.Array | None  # int32 [S, L]; None but for attention that reads it
     valid: chex.Array | None  # bool [S, L], tokens to write into the cache; None without one
     window: int | None  # how many tokens each sees, itself included; None for all
+    implementation: str  # what attends, from `resolve`
 
 
 Cache = tuple[chex.Array, chex.Array]  # keys float [S, K, E, M] and values float [S, K, M, E]
@@ -61,16 +64,18 @@ def row_view(
     Returns:
       A `View`.
     """
+    ends = subtree_end
+    if ends is None:
+        ends = jnp.full(positions.shape, positions.shape[1], jnp.int32)
+    cos, sin = _angles(positions, frequencies)
+    if implementation == "tree":
+        return View(positions, cos, sin, None, ends, None, window, implementation)
     mask = None
     if implementation == "xla" or subtree_end is not None:
-        ends = subtree_end
-        if ends is None:
-            ends = jnp.full(positions.shape, positions.shape[1], jnp.int32)
         mask = subtree_mask(ends)
         if window is not None:
             mask &= positions[:, :, None] - positions[:, None, :] < window
-    cos, sin = _angles(positions, frequencies)
-    return View(positions, cos, sin, mask, None, window)
+    return View(positions, cos, sin, mask, None, None, window, implementation)
 
 
 def cache_view(
@@ -98,7 +103,7 @@ def cache_view(
         past = positions[:, :, None] - jnp.arange(cache_length, dtype=jnp.int32)
         mask &= past < window
     cos, sin = _angles(positions, frequencies)
-    return View(positions, cos, sin, mask, valid, window)
+    return View(positions, cos, sin, mask, None, valid, window, "xla")
 
 
 def _angles(positions: chex.Array, frequencies: Sequence[float]) -> tuple[chex.Array, chex.Array]:
@@ -167,7 +172,6 @@ def attend_view(
     cache: Cache | None = None,
     scale: float,
     softcap: float | None = None,
-    implementation: str = "xla",
 ) -> tuple[chex.Array, Cache | None]:
     """The one way to attend: rotates queries and keys, then mixes the values that each token sees.
 
@@ -176,10 +180,9 @@ def attend_view(
       key: float [S, L, K, E]; query head `h` reads key/value head `h // (H / K)`.
       value: float [S, L, K, E].
       view: where the tokens stand and what they see.
-      cache: keys and values so far; the tokens' own are written there first. Always plain XLA.
+      cache: keys and values so far; the tokens' own are written there first.
       scale: multiplies the scores.
       softcap: c, scores become c·tanh(score / c).
-      implementation: for rows, from `resolve`.
 
     Returns:
       float [S, L, H, E], and the updated cache where one was given.
@@ -189,10 +192,13 @@ def attend_view(
     if cache is not None:
         keys, values = cache = write_cache(cache, key, value, view.positions, view.valid)
         return attend(query, keys, values, view.mask, **options), cache
+    if view.implementation == "tree":
+        tree = dict(window=view.window, **options)
+        return attend_tree(query, key, value, view.positions, view.subtree_end, **tree), None
     seen = dict(mask=view.mask, window=view.window)
-    if implementation == "cudnn":
+    if view.implementation == "cudnn":
         return kernels.cudnn(query, key, value, scale=scale, **seen), None
-    if implementation == "splash":
+    if view.implementation == "splash":
         return kernels.splash(query, key, value, **seen, **options), None
     keys, values = jnp.transpose(key, (0, 2, 3, 1)), jnp.swapaxes(value, 1, 2)
     return attend_backwards(query, keys, values, view.mask, **options), None
@@ -313,18 +319,22 @@ def write_cache(
     return keys, values
 
 
-def resolve(implementation: str, *, dtype: jnp.dtype, softcap: float | None) -> str:
+def resolve(
+    implementation: str, *, dtype: jnp.dtype, softcap: float | None, packed: bool = True
+) -> str:
     """Which implementation a name stands for on this backend.
 
-    "auto" is "splash" on TPU, "cudnn" on GPU where cuDNN can do it, and plain "xla" elsewhere.
+    "auto" is for rows of sequences or trees "tree"; for rows that are one whole sequence each
+    "splash" on TPU and "cudnn" on GPU, where cuDNN can do it.
 
     Args:
-      implementation: "auto", "xla", "cudnn" or "splash".
+      implementation: "auto", "xla", "tree", "cudnn" or "splash".
       dtype: what the model computes in.
       softcap: of the scores, or None.
+      packed: whether rows hold more than one sequence.
 
     Returns:
-      "xla", "cudnn" or "splash".
+      "xla", "tree", "cudnn" or "splash".
 
     Raises:
       ValueError: the implementation cannot do this or not on this backend, with the reason.
@@ -336,8 +346,10 @@ def resolve(implementation: str, *, dtype: jnp.dtype, softcap: float | None) -> 
     elif dtype == jnp.float32:
         cudnn_problem = "computes in bfloat16 alone, and the model in float32"
     if implementation == "auto":
-        by_backend = {"tpu": "splash", "gpu": "xla" if cudnn_problem else "cudnn"}
-        return by_backend.get(backend, "xla")
+        if packed:
+            return "tree"
+        by_backend = {"tpu": "splash", "gpu": "tree" if cudnn_problem else "cudnn"}
+        return by_backend.get(backend, "tree")
     needed = {"cudnn": "gpu", "splash": "tpu"}.get(implementation, backend)
     problem = None
     if needed != backend:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 _DTYPES = ("auto", "float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
-ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "tree", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from w2sjax.models import attention
 from w2sjax.models.config import ModelConfig
 from w2sjax.models.transformer import Block, Transformer
-from w2sjax.types import Policy
+from w2sjax.types import PackedBatch, Policy
 
 _OWN_DRAW = 2**20  # arrays of at least this many values are drawn on their own by `init_params`
 
@@ -138,6 +138,29 @@ def make_apply_fn(config: ModelConfig) -> Callable[..., chex.Array]:
 
 
 @functools.cache
+def make_score_fn(config: ModelConfig) -> Callable[..., chex.Array]:
+    """What a loss needs of the forward pass, as a plain function.
+
+    Args:
+      config: the model's shape.
+
+    Returns:
+      `score_fn(params, batch: PackedBatch, *, dropout_key=None)` → float32 [S, L], the
+      log-probability of each token that is to be learned (`loss_count > 0`), 0 elsewhere. The
+      output layer runs on those alone, in chunks.
+    """
+    model = Transformer(config)
+
+    def score_fn(
+        params: chex.ArrayTree, batch: PackedBatch, *, dropout_key: chex.PRNGKey | None = None
+    ) -> chex.Array:
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        return model.apply(_variables(config, params), batch, method="score", rngs=rngs)
+
+    return score_fn
+
+
+@functools.cache
 def make_policy(config: ModelConfig) -> Policy:
     """The model as `w2sjax.types.Policy`: full pass, cache, cached pass.
 
@@ -209,7 +232,7 @@ def make_policy(config: ModelConfig) -> Policy:
             for keys, values in cache
         )
 
-    return Policy(make_apply_fn(config), init_cache, decode_fn, resize_cache)
+    return Policy(make_apply_fn(config), make_score_fn(config), init_cache, decode_fn, resize_cache)
 
 
 def _resize(array: chex.Array, length: int, *, axis: int) -> chex.Array:

@@ -21,6 +21,8 @@ from jax.sharding import PartitionSpec
 
 from w2sjax.models import attention
 from w2sjax.models.config import ModelConfig
+from w2sjax.models.head import token_logps
+from w2sjax.types import PackedBatch
 
 # Ordered (regex over the parameter path → PartitionSpec), plain data for `w2sjax.parallel.rules`.
 # Mesh axes: `fsdp` splits what every device would otherwise store whole, `tensor` splits heads, the
@@ -79,11 +81,6 @@ def _constrained(x: chex.Array, spec: PartitionSpec) -> chex.Array:
         if dimension % ways:
             return x
     return jax.lax.with_sharding_constraint(x, spec)
-
-
-def _attention_of(config: ModelConfig) -> str:
-    """The attention that runs here."""
-    return attention.resolve(config.attention, dtype=config.dtype, softcap=config.attention_softcap)
 
 
 class RMSNorm(nn.Module):
@@ -212,9 +209,10 @@ class Attention(nn.Module):
             cache=cache,
             scale=config.attention_scale or config.head_size**-0.5,
             softcap=config.attention_softcap,
-            implementation=_attention_of(config),
         )
-        if config.remat == "attention":
+        if (
+            config.remat == "attention" and views[0].implementation == "xla"
+        ):  # others keep no scores
             attend = jax.checkpoint(attend)
         if len(views) == 1:
             mixed, cache = attend(views[0])
@@ -289,8 +287,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder: `__call__` is the full forward pass; `embed_tokens` and `logits` are its ends,
-    for the cached pass (`models.policy`).
+    """The decoder: `__call__` gives all logits, `score` the log-probabilities that a loss needs;
+    `embed_tokens` and `logits` are the ends of the cached pass (`models.policy`).
     """
 
     config: ModelConfig
@@ -323,19 +321,47 @@ class Transformer(nn.Module):
         self, tokens: chex.Array, positions: chex.Array, subtree_end: chex.Array | None
     ) -> chex.Array:
         """int32 [S, L], [S, L] and [S, L] or None → logits float32 [S, L, V]."""
+        return self.logits(self.stream(tokens, positions, subtree_end))
+
+    def score(self, batch: PackedBatch) -> chex.Array:
+        """float32 [S, L], log-probabilities of the tokens that are to be learned, 0 elsewhere."""
         config = self.config
+        x = self.final_norm(self.stream(batch.tokens, batch.positions, batch.subtree_end))
+        if config.tie_embeddings:
+            table = self.embed.embedding
+        else:
+            table = self.head.get_variable("params", "kernel").T
+        return token_logps(
+            x,
+            table.astype(config.dtype),
+            batch.tokens,
+            batch.predecessor,
+            batch.loss_count > 0,
+            softcap=config.logit_softcap,
+        )
+
+    def stream(
+        self, tokens: chex.Array, positions: chex.Array, subtree_end: chex.Array | None
+    ) -> chex.Array:
+        """The residual stream after the last block, float [S, L, D]."""
+        config = self.config
+        implementation = attention.resolve(
+            config.attention,
+            dtype=config.dtype,
+            softcap=config.attention_softcap,
+            packed=subtree_end is not None,
+        )
         views = tuple(
             attention.row_view(
                 positions,
                 subtree_end,
                 frequencies=config.rope_frequencies(local=local),
                 window=config.window if local else None,
-                implementation=_attention_of(config),
+                implementation=implementation,
             )
             for local in sorted(set(config.is_local))
         )
-        x, _ = self.layers(self.embed_tokens(tokens), jnp.asarray(config.is_local), views)
-        return self.logits(x)
+        return self.layers(self.embed_tokens(tokens), jnp.asarray(config.is_local), views)[0]
 
     def embed_tokens(self, tokens: chex.Array) -> chex.Array:
         """int32 [S, L] → float [S, L, D]."""

@@ -1,7 +1,16 @@
 """Device meshes, rules that split parameters over them, and processes. Knows no model."""
 
 from w2sjax.parallel.hosts import across_processes, start_processes
-from w2sjax.parallel.mesh import AXES, batch_sharding, make_mesh, mesh_sizes, replicated
+from w2sjax.parallel.mesh import (
+    AXES,
+    batch_sharding,
+    make_mesh,
+    mesh_sizes,
+    on_each_device,
+    replicated,
+    row_axes,
+    tensor_axis,
+)
 from w2sjax.parallel.rules import (
     Rules,
     init_sharded,
@@ -20,9 +29,12 @@ __all__ = [
     "make_mesh",
     "match_spec",
     "mesh_sizes",
+    "on_each_device",
     "param_shardings",
     "path_name",
     "replicated",
+    "row_axes",
     "sharding_table",
     "start_processes",
+    "tensor_axis",
 ]

@@ -7,7 +7,8 @@ matrix products. One device is a mesh of one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -88,6 +89,48 @@ def mesh_sizes(
             "set one size to -1 to fill"
         )
     return sizes
+
+
+def row_axes(num_rows: int) -> tuple[str, ...]:
+    """The axes of the set mesh (`jax.set_mesh`) that split so many rows.
+
+    Args:
+      num_rows: S.
+
+    Returns:
+      ("data", "fsdp"), or () where no mesh of the project is set, it is one device, or the rows do
+      not divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(axis not in mesh.shape for axis in AXES) or mesh.size == 1:
+        return ()
+    return () if num_rows % (mesh.shape["data"] * mesh.shape["fsdp"]) else ("data", "fsdp")
+
+
+def tensor_axis(*sizes: int) -> str | None:
+    """ "tensor" where the set mesh splits dimensions of these sizes by it, else None."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways = 1 if mesh.empty else mesh.shape.get("tensor", 1)
+    return "tensor" if ways > 1 and not any(size % ways for size in sizes) else None
+
+
+def on_each_device(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+    """A function of local parts, run by every device of the set mesh on its own.
+
+    For code that the partitioner should not take apart, such as kernels and loops. The result is
+    not to be differentiated: give forward and backward pass each their own.
+
+    Args:
+      function: of arrays, one part each; may reduce over the mesh's axes.
+      in_specs, out_specs: as in `jax.shard_map`.
+
+    Returns:
+      The function of whole arrays; `function` itself where no mesh of several devices is set.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

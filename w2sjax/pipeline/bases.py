@@ -88,7 +88,7 @@ def _pretrained(
 
     def make(directory: Path) -> dict[str, Any]:
         c = config.pretrain
-        sequences, too_long = to_sequences(
+        examples = to_sequences(
             agent.template,
             read_episodes(transcripts),
             config.models.max_length,
@@ -99,19 +99,18 @@ def _pretrained(
             f"pretraining, {which}",
             agent,
             *agent.init(c.seed),
-            sequences,
+            examples,
             steps=c[f"{which}_steps"],
             learning_rate=c.learning_rate,
-            rows=c.rows,
+            per_batch=c.trajectories,
             seed=c.seed,
             source="the stage transcripts",
-            too_long=too_long,
         )
 
     fields = ("pretrain", f"models.{which}", "models.max_length", "models.param_dtype",
               "models.compute_dtype", "models.remat", "models.attention", "train.optimizer",
               "train.schedule", "train.warmup_steps", "train.weight_decay", "train.clip_norm",
-              "train.accumulate", "train.ema_decay", "mesh")  # fmt: skip
+              "train.accumulate", "train.ema_decay", "mesh", "batches")  # fmt: skip
     inputs = {"transcripts": transcripts}
     name = f"pretrained_{which}"
     return stages.run(name, fields, inputs, make, shared=True, together=True)

@@ -172,23 +172,22 @@ class _Run:
         )
 
         def make(directory: Path) -> dict[str, Any]:
-            sequences, too_long = self._sequences(agent, read_episodes(demonstrations))
+            examples = self._sequences(agent, read_episodes(demonstrations))
             return self.training.fit_sft(
                 directory,
                 "weak policy",
                 agent,
                 *agent.start(agent.base, seed=c.seed),
-                sequences,
+                examples,
                 steps=c.weak.steps,
                 learning_rate=c.weak.learning_rate,
-                rows=c.weak.rows,
+                per_batch=c.weak.trajectories,
                 seed=c.seed,
                 source="the stage demonstrations",
-                too_long=too_long,
             )
 
         inputs = {"base": agent.base, "demonstrations": demonstrations}
-        fields = ("seed", "weak", "train", "mesh", "models")
+        fields = ("seed", "weak", "train", "mesh", "models", "batches")
         return self.stages.run("weak", fields, inputs, make, together=True)
 
     def _trained(self, strong: Stage, weak: Stage) -> dict[str, Stage]:
@@ -303,26 +302,23 @@ class _Run:
             if targets is not None:
                 with np.load(targets.directory / f"{target}.npz") as arrays:
                     weights = arrays["step_weights"]
-            sequences, too_long = self._sequences(
-                agent, read_episodes(episodes), step_weights=weights
-            )
+            examples = self._sequences(agent, read_episodes(episodes), step_weights=weights)
             return self.training.fit_sft(
                 directory,
                 f"training, {stage_name}",
                 agent,
                 *agent.start(strong, seed=c.seed),
-                sequences,
+                examples,
                 steps=steps,
                 learning_rate=c.train.learning_rate,
-                rows=c.train.rows,
+                per_batch=c.train.trajectories,
                 seed=c.seed,
                 source=f"the target {target} of stage targets" if targets else "expert_episodes",
-                too_long=too_long,
             )
 
         inputs = {"start": strong, "episodes": episodes}
         inputs |= {"targets": targets} if targets is not None else {}
-        fields = ("seed", "train", "mesh", "models")
+        fields = ("seed", "train", "mesh", "models", "batches")
         return self.stages.run(f"train/{stage_name}", fields, inputs, make, together=True)
 
     def _preference_method(
@@ -333,7 +329,7 @@ class _Run:
 
         def make(directory: Path) -> dict[str, Any]:
             with np.load(targets.directory / f"{target}.npz") as arrays:
-                pairs, too_long = to_pairs(
+                examples = to_pairs(
                     agent.template,
                     agent.as_read(read_episodes(rollouts)),
                     c.models.max_length,
@@ -344,15 +340,14 @@ class _Run:
                 f"training, {name}",
                 agent,
                 *agent.start(reference, seed=c.seed),
-                pairs,
+                examples,
                 steps=c.train.preference_steps,
                 seed=c.seed,
                 source=f"the target {target} of stage targets",
-                too_long=too_long,
             )
 
         inputs = {"reference": reference, "rollouts": rollouts, "targets": targets}
-        fields = ("seed", "train", "mesh", "models")
+        fields = ("seed", "train", "mesh", "models", "batches")
         return self.stages.run(f"train/{name}", fields, inputs, make, together=True)
 
     def _evaluated(self, name: str, mode: str, policy: Stage) -> Stage:

@@ -40,7 +40,7 @@ def plan(
     mesh = parallel.mesh_sizes(**config.mesh, num_devices=num_devices)
     parts = mesh["data"] * mesh["fsdp"]
     plans, columns = {}, {}
-    for which, wanted in _rows(config).items():
+    for which, wanted in _sequences(config).items():
         model = config.models[which]
         own = model in models.PUBLISHED or is_checkpoint(model)
         _, shape = shapes(config.models, which, None if own else config.tokenizer.vocab_size)
@@ -62,12 +62,12 @@ def plan(
     return plans
 
 
-def _rows(config: ml_collections.ConfigDict) -> dict[str, int]:
-    """Rows of the largest batch that each model is trained on."""
-    strong = max(config.pretrain.rows, config.train.rows)
+def _sequences(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """Sequences of the largest batch that each model is trained on."""
+    strong = max(config.pretrain.trajectories, config.train.trajectories)
     if set(PREFERENCE_METHODS) & set(config.methods):
         strong = max(strong, 2 * config.train.pairs)
-    return {"weak": max(config.pretrain.rows, config.weak.rows), "strong": strong}
+    return {"weak": max(config.pretrain.trajectories, config.weak.trajectories), "strong": strong}
 
 
 def _optimizer(c: ml_collections.ConfigDict) -> Any:
@@ -99,7 +99,7 @@ def _column(
             "trained": trained,
             "stored, computed in": f"{shape.param_dtype}, {shape.dtype.name}",
             "remat, attention": f"{shape.remat}, {shape.attention}",
-            "rows × tokens": f"{rows} × {config.models.max_length}",
+            "sequences × tokens": f"{rows} × {config.models.max_length}",
             "slots × tokens": f"{config.sampler.slots} × {config.models.max_length}",
         },
         "training": {

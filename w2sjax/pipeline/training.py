@@ -8,7 +8,7 @@ import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -21,6 +21,14 @@ from w2sjax.report import progress_bar
 from w2sjax.types import Policy, Trajectory
 
 _STATES = "states"  # training states of a run that goes on; removed when it is done
+
+
+class Examples(NamedTuple):
+    """What a training learns from."""
+
+    items: list  # `batches.Sequence` or `batches.PairSequences`
+    groups: list[int]  # the task of each, as a number
+    too_long: int  # how many were left out because they are longer than config.models.max_length
 
 
 class Training:
@@ -40,33 +48,25 @@ class Training:
         agent: Agent,
         policy: Policy,
         params: Any,
-        sequences: Sequence[batches.Sequence],
+        examples: Examples,
         *,
         steps: int,
         learning_rate: float,
-        rows: int,
+        per_batch: int,
         seed: int,
         source: str,
-        too_long: int,
     ) -> dict[str, Any]:
         """Maximum likelihood on weighted sequences; writes `params` and `metrics.jsonl`."""
-        _require(sequences, title, source, too_long)
+        _require(examples, title, source)
         loader = batches.sft_batches(
-            sequences,
-            rows_per_batch=self._rows(rows),
-            row_length=self.config.models.max_length,
-            seed=seed,
-            micro_batches=self.config.train.accumulate,
+            examples.items,
+            sequences_per_batch=self._rounded(per_batch),
+            **self._loading(examples, steps, seed),
         )
         self._fit(
             directory, title, agent, policy, params, losses.sft_loss, loader, steps, learning_rate
         )
-        return {
-            "sequences": len(sequences),
-            "left_out_too_long": too_long,
-            "steps_per_epoch": round(loader.steps_per_epoch(), 2),
-            "fill_rate": round(loader.fill_rate(), 3),
-        }
+        return {"sequences": len(examples.items)} | self._facts(examples, loader)
 
     def fit_preference(
         self,
@@ -75,54 +75,96 @@ class Training:
         agent: Agent,
         policy: Policy,
         params: Any,
-        pairs: Sequence[batches.PairSequences],
+        examples: Examples,
         *,
         steps: int,
         seed: int,
         source: str,
-        too_long: int,
     ) -> dict[str, Any]:
-        """DPO against the frozen start `params`, whose log-probabilities are computed once."""
-        _require(pairs, title, source, too_long)
+        """A preference loss against the frozen start `params`, whose log-probabilities are computed
+        once and kept in the directory.
+        """
+        _require(examples, title, source)
         c = self.config.train
-        length = self.config.models.max_length
-        scorer = train.make_sequence_scorer(
-            policy.apply_fn, rows_per_batch=self._rows(8), row_length=length, mesh=self.mesh
-        )
-        extras = {
-            f"ref_{side}_logps": scorer(params, [getattr(pair, side) for pair in pairs])
-            for side in ("chosen", "rejected")
-        }
+        extras = {}
+        if c.preference_loss != "simpo":
+            extras["ref_logps"] = self._reference_logps(directory, policy, params, examples.items)
         loader = batches.preference_batches(
-            pairs,
-            pairs_per_batch=c.pairs,
-            row_length=length,
-            seed=seed,
-            total_steps=steps,
+            examples.items,
+            pairs_per_batch=self._rounded(c.pairs, shards=1),
             extras=extras,
-            rows_multiple=self._rows(1),
-            micro_batches=c.accumulate,
+            **self._loading(examples, steps, seed),
         )
         loss = self._preference_loss()
         rate = c.preference_learning_rate
         self._fit(directory, title, agent, policy, params, loss, loader, steps, rate)
-        return {
-            "pairs": len(pairs),
-            "left_out_too_long": too_long,
-            "steps_per_epoch": round(loader.steps_per_epoch(), 2),
-        }
+        return {"pairs": len(examples.items)} | self._facts(examples, loader)
+
+    def _reference_logps(self, directory: Path, policy: Policy, params: Any, pairs) -> np.ndarray:
+        """float32 [P, 3], of the three paths of each pair (see `batches.pair_parts`)."""
+        length = batches.round_length(self.config.models.max_length)
+        scorer = train.make_sequence_scorer(
+            policy.score_fn,
+            rows_per_batch=self._shards,
+            row_length=max(length, 1024),
+            mesh=self.mesh,
+            share=self.config.batches.packing == "tree",
+        )
+        sequences, parts = batches.pair_parts(pairs)
+        scores = train.cached_scores(
+            directory / "reference_logps.npz",
+            lambda: scorer(params, sequences, parts),
+            sequences,
+            parts,
+        )
+        return scores.reshape(3, -1).T
 
     @functools.cache  # noqa: B019 (one Training per run; the cache should live as long as it does)
     def _preference_loss(self) -> losses.LossFn:
         c = self.config.train
         return functools.partial(
-            losses.preference_loss, beta=c.beta, sft_weight=c.chosen_sft_weight
+            losses.preference_loss,
+            beta=c.beta,
+            loss_type=c.preference_loss,
+            label_smoothing=c.label_smoothing,
+            margin=c.simpo_margin,
+            sft_weight=c.chosen_sft_weight,
+            length_normalized=c.length_normalized,
         )
 
-    def _rows(self, rows: int) -> int:
-        """Rows rounded up to what the mesh and micro-batches can split."""
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * self.config.train.accumulate
-        return -(-rows // shards) * shards
+    @property
+    def _shards(self) -> int:
+        """Parts that the mesh splits rows into."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def _rounded(self, per_batch: int, *, shards: int | None = None) -> int:
+        """Examples of a batch, rounded up to what micro-batches and the mesh can split."""
+        parts = (self._shards if shards is None else shards) * self.config.train.accumulate
+        return -(-per_batch // parts) * parts
+
+    def _loading(self, examples: Examples, steps: int, seed: int) -> dict[str, Any]:
+        """What both loaders are told."""
+        c = self.config
+        return dict(
+            total_steps=steps,
+            seed=seed,
+            max_length=c.models.max_length,
+            groups=examples.groups,
+            micro_batches=c.train.accumulate,
+            num_rows=self._shards,
+            packing=c.batches.packing,
+            num_shapes=c.batches.shapes,
+        )
+
+    @staticmethod
+    def _facts(examples: Examples, loader: batches.BatchLoader) -> dict[str, Any]:
+        return {
+            "left_out_too_long": examples.too_long,
+            "steps_per_epoch": round(loader.steps_per_epoch(), 2),
+            "fill_rate": round(loader.fill_rate(), 3),
+            "sharing": round(loader.sharing(), 2),
+            "row_lengths": list(loader.shapes),
+        }
 
     def _fit(
         self, directory, title, agent, policy, params, loss, loader, steps: int, learning_rate
@@ -142,7 +184,7 @@ class Training:
         key = (policy, loss)
         if key not in self._train_steps:
             step = train.make_train_step(
-                policy.apply_fn,
+                policy.score_fn,
                 loss,
                 tx,
                 mesh=self.mesh,
@@ -180,7 +222,7 @@ def to_sequences(
     *,
     step_weights: np.ndarray | None = None,
     all_tokens: bool = False,
-) -> tuple[list[batches.Sequence], int]:
+) -> Examples:
     """Episodes as weighted token sequences.
 
     Args:
@@ -192,9 +234,10 @@ def to_sequences(
       all_tokens: what the environment said counts as well (pretraining).
 
     Returns:
-      The sequences, and how many were left out because they are too long.
+      `Examples` of sequences.
     """
-    sequences, too_long = [], 0
+    sequences, groups, too_long = [], [], 0
+    tasks = _numbered(episodes)
     for index, episode in enumerate(episodes):
         if not episode.status.scored:
             continue  # it broke; it may be empty, or have more steps than T
@@ -218,7 +261,8 @@ def to_sequences(
             too_long += 1
             continue
         sequences.append(batches.Sequence(encoded.tokens[:end], weights[:end]))
-    return sequences, too_long
+        groups.append(tasks[index])
+    return Examples(sequences, groups, too_long)
 
 
 def to_pairs(
@@ -226,7 +270,7 @@ def to_pairs(
     episodes: Sequence[Trajectory],
     max_length: int,
     arrays: dict[str, np.ndarray],
-) -> tuple[list[batches.PairSequences], int]:
+) -> Examples:
     """Pairs of continuations as pairs of sequences; a side's tokens before its first step are
     context.
 
@@ -238,7 +282,7 @@ def to_pairs(
       (steps).
 
     Returns:
-      The pairs, and how many were left out because a side is too long.
+      `Examples` of pairs.
     """
 
     @functools.cache
@@ -253,7 +297,8 @@ def to_pairs(
             weights[encoded.turn_start[t] : encoded.turn_end[t]] = 1.0
         return batches.Sequence(encoded.tokens[:last], weights)
 
-    pairs, too_long = [], 0
+    pairs, groups, too_long = [], [], 0
+    tasks = _numbered(episodes)
     for row in range(len(arrays["chosen"])):
         sides = {
             name: side(*(int(arrays[key][row]) for key in (name, "start", f"{name}_end")))
@@ -263,14 +308,21 @@ def to_pairs(
             too_long += 1
         else:
             pairs.append(batches.PairSequences(**sides))
-    return pairs, too_long
+            groups.append(tasks[int(arrays["chosen"][row])])
+    return Examples(pairs, groups, too_long)
 
 
-def _require(items: Sequence, stage: str, source: str, too_long: int) -> None:
-    if not items:
+def _numbered(episodes: Sequence[Trajectory]) -> list[int]:
+    """The task of each episode, numbered in the order of appearance."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(episode.task_id, len(numbers)) for episode in episodes]
+
+
+def _require(examples: Examples, stage: str, source: str) -> None:
+    if not examples.items:
         why = (
-            f"all {too_long} examples are longer than config.models.max_length"
-            if too_long
+            f"all {examples.too_long} examples are longer than config.models.max_length"
+            if examples.too_long
             else "it has no example (its counts are in its manifest.json, under facts)"
         )
         raise ValueError(

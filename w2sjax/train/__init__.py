@@ -2,7 +2,7 @@
 
 from w2sjax.train.loop import FitResult, fit
 from w2sjax.train.optim import averaged_params, decay_mask, make_optimizer, make_schedule
-from w2sjax.train.score import SequenceScorer, make_sequence_scorer
+from w2sjax.train.score import SequenceScorer, cached_scores, make_sequence_scorer
 from w2sjax.train.state import TrainState, init_state
 from w2sjax.train.step import TrainStep, make_train_step
 from w2sjax.train.termination import TrainingInterrupted
@@ -14,6 +14,7 @@ __all__ = [
     "TrainStep",
     "TrainingInterrupted",
     "averaged_params",
+    "cached_scores",
     "decay_mask",
     "fit",
     "init_state",

@@ -1,9 +1,12 @@
-"""Log-probabilities of whole sequences under a policy: one forward pass, no gradients."""
+"""Log-probabilities of whole sequences, or of parts of them: one forward pass, no gradients."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -11,112 +14,131 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from w2sjax.batches import Sequence, fill_rows, plan_rows_decreasing
-from w2sjax.losses import per_token_logps, sequence_logps
+from w2sjax.batches import Part, Sequence, fill_rows, find_prefixes, plan_rows
+from w2sjax.losses import ScoreFn, path_sums
 from w2sjax.parallel import across_processes, replicated
 from w2sjax.train.state import check_rows, default_mesh, row_sharding
 from w2sjax.types import PackedBatch
 
 
 class SequenceScorer:
-    """`scorer(params, sequences) → float32 [Q]`; reusable with any parameters of the same model.
+    """`scorer(params, sequences, parts) → float32 [Q]`; reusable with any parameters of the same
+    model.
 
-    One compiled shape for each number of sequences in a batch, which is rounded up to a power of
-    two.
+    Sequences of all batches are laid out as one trie before they are cut into rows, so what they
+    share is computed once, but for the trunks that rows repeat.
     """
 
     def __init__(
         self,
-        apply_fn: Callable[..., chex.Array],
+        score_fn: ScoreFn,
         *,
         rows_per_batch: int,
         row_length: int,
         mesh: Mesh | None = None,
+        share: bool = True,
     ):
-        self._apply_fn = apply_fn
+        self._score_fn = score_fn
         self._rows_per_batch = rows_per_batch
         self._row_length = row_length
+        self._share = share
         self._mesh = mesh if mesh is not None else default_mesh()
         check_rows(rows_per_batch, self._mesh)
         self._jitted = jax.jit(
-            self._score, static_argnames="num_sequences", out_shardings=replicated(self._mesh)
+            self._score, static_argnames="num_paths", out_shardings=replicated(self._mesh)
         )
 
     def __call__(
         self,
         params: Any,
         sequences: SequenceOf[Sequence],
+        parts: SequenceOf[Part] | None = None,
         *,
         on_batch: Callable[[int, int], None] | None = None,
     ) -> np.ndarray:
-        """Scores sequences; equal ones are computed once.
+        """Scores sequences.
 
         Args:
           params: the policy's parameters; neither changed nor consumed.
-          sequences: Q of them, none longer than a row.
+          sequences: none longer than a row.
+          parts: Q stretches of them that are scored; by default every sequence as a whole.
           on_batch: called with (batches done, batches in all).
 
         Returns:
-          float32 [Q], Σ weight · log-probability in nats, as `losses.sequence_logps`.
+          float32 [Q], Σ weight · log-probability in nats.
 
         Raises:
           ValueError: if a sequence is longer than a row.
         """
-        if not sequences:
-            return np.zeros(0, np.float32)
-        unique, which = _unique(sequences)
-        plan = plan_rows_decreasing([len(sequence) for sequence in unique], self._row_length)
+        if parts is None:
+            parts = [Part(place, 0, len(sequence)) for place, sequence in enumerate(sequences)]
+        scores = np.zeros(len(parts), np.float32)
+        if not parts:
+            return scores
+        prefixes = find_prefixes(sequences, share=self._share)
+        rows = plan_rows(prefixes, self._row_length)
         size = self._rows_per_batch
-        batches = [plan[start : start + size] for start in range(0, len(plan), size)]
-        most = max(sum(len(row) for row in rows) for rows in batches)
-        num_sequences = 1 << (most - 1).bit_length()
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        parts_of: dict[int, list[int]] = {}
+        for number, part in enumerate(parts):
+            parts_of.setdefault(part.sequence, []).append(number)
+
+        def numbers(row: SequenceOf[int]) -> list[int]:
+            """The parts that lie in a row."""
+            return [n for place in row for n in parts_of.get(int(prefixes.order[place]), ())]
+
+        ids = [[n for row in batch for n in numbers(row)] for batch in batches]
+        num_paths = _power_of_two(max(map(len, ids)))
+        learned = [_num_learned(sequences[part.sequence], part) for part in parts]
+        num_entries = _power_of_two(max(sum(learned[n] for n in numbers(row)) for row in rows))
         rows_over_mesh = row_sharding(self._mesh)
-        scores = np.zeros(len(unique), np.float32)
         under_way = None  # the next batch is built while this one is computed
 
         def finish(ids, values):
             scores[ids] = np.asarray(values)[: len(ids)]
 
-        for number, rows in enumerate(batches):
-            ids = [index for row in rows for index in row]
-            place = {index: position for position, index in enumerate(ids)}
-            members = [[(index, place[index]) for index in row] for row in rows]
-            batch = fill_rows(unique, members, num_rows=size, row_length=self._row_length)
+        for number, (batch_rows, batch_ids) in enumerate(zip(batches, ids, strict=True)):
+            batch = fill_rows(
+                sequences,
+                prefixes,
+                batch_rows,
+                num_rows=size,
+                row_length=self._row_length,
+                parts=[parts[n] for n in batch_ids],
+                num_entries=num_entries,
+            )
             batch = jax.device_put(across_processes(batch, rows_over_mesh), rows_over_mesh)
             with jax.set_mesh(self._mesh):  # for the activations that the model constrains
-                values = self._jitted(params, batch, num_sequences=num_sequences)
+                values = self._jitted(params, batch, num_paths=num_paths)
             if under_way is not None:
                 finish(*under_way)
-            under_way = (ids, values)
+            under_way = (batch_ids, values)
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
         finish(*under_way)
-        return scores[which]
+        return scores
 
-    def _score(self, params, batch: PackedBatch, *, num_sequences: int) -> chex.Array:
-        logits = self._apply_fn(
-            params, batch.tokens, positions=batch.positions, subtree_end=batch.subtree_end
-        )
-        logps = per_token_logps(logits, batch.tokens, batch.predecessor)
-        return sequence_logps(logps, batch.loss_weight, batch.sequence_id, num_sequences)
+    def _score(self, params, batch: PackedBatch, *, num_paths: int) -> chex.Array:
+        return path_sums(self._score_fn(params, batch), batch, num_paths)
 
 
 def make_sequence_scorer(
-    apply_fn: Callable[..., chex.Array],
+    score_fn: ScoreFn,
     *,
     rows_per_batch: int,
     row_length: int,
     mesh: Mesh | None = None,
+    share: bool = True,
 ) -> SequenceScorer:
     """What computes log-probabilities of whole sequences, such as those of a frozen reference
     policy.
 
     Args:
-      apply_fn: (params, tokens, *, positions, subtree_end) → logits [S, L, V], as in
-        `types.Policy`.
+      score_fn: (params, batch) → per_token_logps [S, L], as in `types.Policy`.
       rows_per_batch: rows of one forward pass.
       row_length: tokens of a row.
       mesh: where it runs; by default one device.
+      share: whether common prefixes are computed once.
 
     Returns:
       A `SequenceScorer`.
@@ -124,19 +146,52 @@ def make_sequence_scorer(
     Raises:
       ValueError: if the rows do not divide over the mesh.
     """
-    return SequenceScorer(apply_fn, rows_per_batch=rows_per_batch, row_length=row_length, mesh=mesh)
+    return SequenceScorer(
+        score_fn, rows_per_batch=rows_per_batch, row_length=row_length, mesh=mesh, share=share
+    )
 
 
-def _unique(sequences: SequenceOf[Sequence]) -> tuple[list[Sequence], list[int]]:
-    """The distinct sequences, and for each of the given ones its index among them."""
-    places: dict[tuple[bytes, bytes], int] = {}
-    unique: list[Sequence] = []
-    which = []
+def cached_scores(
+    path: str | os.PathLike[str],
+    compute: Callable[[], np.ndarray],
+    sequences: SequenceOf[Sequence],
+    parts: SequenceOf[Part],
+) -> np.ndarray:
+    """Scores from a file, or computed and written there (by the first process).
+
+    Args:
+      path: an .npz file of one policy's scores; its directory exists.
+      compute: makes the scores where the file has none of these sequences and parts.
+      sequences: what is scored.
+      parts: which stretches of it.
+
+    Returns:
+      float32 [Q].
+    """
+    path = Path(path)
+    digest = hashlib.sha256(np.asarray(parts, np.int64).tobytes())
     for sequence in sequences:
-        place = places.setdefault(
-            (sequence.tokens.tobytes(), sequence.weights.tobytes()), len(unique)
-        )
-        if place == len(unique):
-            unique.append(sequence)
-        which.append(place)
-    return unique, which
+        digest.update(len(sequence).to_bytes(8))
+        digest.update(sequence.tokens.tobytes())
+        digest.update(sequence.weights.tobytes())
+    if path.exists():
+        with np.load(path, allow_pickle=False) as arrays:
+            if str(arrays["of"]) == digest.hexdigest():
+                return arrays["scores"]
+    scores = compute()
+    if jax.process_index() > 0:
+        return scores
+    temporary = path.with_name(path.name + ".tmp.npz")
+    np.savez(temporary, scores=scores, of=digest.hexdigest())
+    os.replace(temporary, path)
+    return scores
+
+
+def _num_learned(sequence: Sequence, part: Part) -> int:
+    first, last = np.searchsorted(sequence.learned, (part.start, part.stop))
+    return int(last - first)
+
+
+def _power_of_two(number: int) -> int:
+    """At least so many, so that few shapes are compiled."""
+    return 1 << max(number - 1, 0).bit_length()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from w2sjax.losses import LossFn, Mean, per_token_logps
+from w2sjax.losses import LossFn, Mean, ScoreFn
 from w2sjax.parallel import across_processes, replicated
 from w2sjax.train.state import TrainState, check_rows, default_mesh, row_sharding
 from w2sjax.types import PackedBatch
@@ -29,7 +29,7 @@ class TrainStep:
 
     def __init__(
         self,
-        apply_fn: Callable[..., chex.Array],
+        score_fn: ScoreFn,
         loss_fn: LossFn,
         tx: optax.GradientTransformation,
         *,
@@ -39,7 +39,7 @@ class TrainStep:
     ):
         if accumulate < 1:
             raise ValueError(f"accumulate must be at least 1; got {accumulate}.")
-        self._apply_fn = apply_fn
+        self._score_fn = score_fn
         self._loss_fn = loss_fn
         self._tx = tx
         self._mesh = mesh if mesh is not None else default_mesh()
@@ -142,14 +142,8 @@ class TrainStep:
             if self._dropout_seed is not None:
                 key = jax.random.fold_in(jax.random.key(self._dropout_seed), state.step)
                 options["dropout_key"] = jax.random.fold_in(key, micro)
-            logits = self._apply_fn(
-                params if frozen is None else {**frozen, **params},
-                batch.tokens,
-                positions=batch.positions,
-                subtree_end=batch.subtree_end,
-                **options,
-            )
-            logps = per_token_logps(logits, batch.tokens, batch.predecessor)
+            whole = params if frozen is None else {**frozen, **params}
+            logps = self._score_fn(whole, batch, **options)
             output = self._loss_fn(logps, batch, extras)
             return output.loss_sum, tuple(output)
 
@@ -176,7 +170,7 @@ class TrainStep:
 
 
 def make_train_step(
-    apply_fn: Callable[..., chex.Array],
+    score_fn: ScoreFn,
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     *,
@@ -187,8 +181,9 @@ def make_train_step(
     """The update of a training run.
 
     Args:
-      apply_fn: (params, tokens, *, positions, subtree_end) → logits [S, L, V], as in
-        `types.Policy`; it takes a `dropout_key` too where there is a `dropout_seed`.
+      score_fn: (params, batch) → per_token_logps [S, L], as in `types.Policy`; it takes a
+        `dropout_key` too where there is a `dropout_seed`. `losses.score_from_logits` makes one of
+        a model that gives logits.
       loss_fn: (per_token_logps, batch, extras) → `losses.LossOutput`.
       tx: the optimizer.
       mesh: where it runs; rows of a batch are split over its batch axes. By default one device.
@@ -200,7 +195,7 @@ def make_train_step(
       A `TrainStep`.
     """
     return TrainStep(
-        apply_fn, loss_fn, tx, mesh=mesh, accumulate=accumulate, dropout_seed=dropout_seed
+        score_fn, loss_fn, tx, mesh=mesh, accumulate=accumulate, dropout_seed=dropout_seed
     )
 
 
