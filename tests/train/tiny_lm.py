@@ -97,7 +97,7 @@ def make_sequences(count, seed=0):
 
 
 def make_loader(**options):
-    options = {"sequences_per_batch": 8, "total_steps": 30, "seed": 1, "num_shapes": 1} | options
+    options = {"sequences_per_batch": 12, "total_steps": 30, "seed": 1, "num_shapes": 1} | options
     return sft_batches(make_sequences(30), **options)
 
 
