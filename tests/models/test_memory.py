@@ -18,8 +18,8 @@ import optax
 import pytest
 
 from w2sjax import losses, models, parallel, train
+from w2sjax.batches import pack_rows
 from w2sjax.models import memory
-from w2sjax.types import PackedBatch
 
 CONFIG = models.ModelConfig(
     vocab_size=1000,
@@ -63,20 +63,13 @@ def compiled_training(config, tx, sizes, rows, length):
     params = shaped(params, parallel.param_shardings(params, models.PARTITION_RULES, mesh))
     frozen = {} if config.lora is None else {"base": params["base"]}
     trained = params if config.lora is None else {"lora": params["lora"]}
-    apply_fn = models.make_apply_fn(config)
+    score_fn = models.make_score_fn(config)
 
     def update(state, frozen, batch):
         """As `train.TrainStep`'s."""
 
         def loss(params):
-            logits = apply_fn(
-                {**frozen, **params},
-                batch.tokens,
-                positions=batch.positions,
-                subtree_end=batch.subtree_end,
-            )
-            logps = losses.per_token_logps(logits, batch.tokens, batch.predecessor)
-            output = losses.sft_loss(logps, batch, {})
+            output = losses.sft_loss(score_fn({**frozen, **params}, batch), batch, {})
             return output.loss_sum, output.denominator
 
         params, opt_state = state
@@ -96,10 +89,10 @@ def compiled_training(config, tx, sizes, rows, length):
         train.init_state(zeros, tx, mesh=mesh, param_shardings=shardings).opt_state,
     )
     state = trained, shaped(made.opt_state, opt_shardings)
-    numbers = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=by_row)
-    weights = jax.ShapeDtypeStruct((rows, length), jnp.float32, sharding=by_row)
-    names = [field.name for field in dataclasses.fields(PackedBatch)]
-    batch = PackedBatch(**(dict.fromkeys(names, numbers) | {"loss_weight": weights}))
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_row),
+        pack_rows([], length, num_rows=rows),
+    )
     jitted = jax.jit(
         update,
         donate_argnums=0,
@@ -108,7 +101,8 @@ def compiled_training(config, tx, sizes, rows, length):
     with jax.set_mesh(mesh):
         found = compile_quickly(jitted.lower(state, frozen, batch)).memory_analysis()
     parts = sizes["data"] * sizes["fsdp"]
-    used = rows // parts * length * 4 * 5  # positions, ends, tokens, predecessors, weights
+    # positions, ends (where attention reads them), tokens, predecessors, weights, counts
+    used = rows // parts * length * 4 * 6
     return found.argument_size_in_bytes - used, found.argument_size_in_bytes + (
         found.temp_size_in_bytes
     )
