@@ -86,15 +86,21 @@ def _backward(softcap, kept, cotangent):
 _token_logps.defvjp(_forward, _backward)
 
 
+def chunk_size(tokens: int, vocabulary: int) -> int:
+    """Tokens whose logits exist at once, of so many of a device and its part of the vocabulary."""
+    size = min(1024, max(128, -(-tokens // 8 // 128) * 128), tokens)
+    while size > 128 and size * vocabulary > _MOST_LOGITS:
+        size //= 2
+    return size
+
+
 class _Chunks:
     """The learned tokens of some rows, in chunks of which only those in use are computed."""
 
     def __init__(self, table, tokens, predecessor, learned):
         rows, length = tokens.shape
         self.total = rows * length
-        self.size = min(1024, max(128, -(-self.total // 8 // 128) * 128), self.total)
-        while self.size > 128 and self.size * table.shape[0] > _MOST_LOGITS:
-            self.size //= 2
+        self.size = chunk_size(self.total, table.shape[0])
         self.number = -(-jnp.sum(learned) // self.size)
         room = -(-self.total // self.size) * self.size
         self._index = jnp.nonzero(learned.ravel(), size=room, fill_value=self.total)[0]

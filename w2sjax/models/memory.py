@@ -14,19 +14,23 @@ compute dtype. `A` counts norms of a block (2, or 4 with `post_norms`).
       dots        c·(2·D + (H + 2·K)·E + 2·F), with adapters c·(r + outputs) per adapted projection;
                   what the down kernel gives counts with post_norms alone, c·D
       attention   norms       4·D·A in, 4·D·A before their scale, c·D for each that a kernel follows
-                  attention   c·(H + 2·K)·E and c·H·E that goes to the output kernel
+                  attention   c·(H + 2·K)·E and c·H·E that goes to the output kernel (fused or
+                              tree attention keeps the latter anyway)
                   MLP         5·c·F and c·F that goes to the down kernel
                   adapters    c·r per adapted projection
       none        the same, and (4 + c)·H·M for the scores and 4·H·E for their sums
-    M = L·(1 + 1/blocks)/2 keys per query (plain XLA; fused kernels keep 4·H, a sum, instead)
+    M = L·(1 + 1/blocks)/2 keys per query (plain XLA; others keep 4·H, a sum, instead)
 
     activations   T·N·kept, T·L for the mask of plain XLA attention and T·(8 + c)·D at the end;
                   c·(a block's parameters)·N where they are cast and `none` or `attention` keeps it
-    block         T·(kept under `none`), what one block has at once when it is computed again, and
+    block         T·(kept under `none`), what one block has at once when it is computed again;
+                  T·((4 + 2·c)·H + (8 + 2·c)·K)·E, gradients and turned copies, for tree attention;
                   c·(a block's parameters), gathered over fsdp; twice that where they train, for
                   their gradient
-    logits        8·T·V, the logits and their gradient in float32; below float32 c·T·V more, and
-                  c·V·D where the head is gathered or cast
+    logits        8·C·V, the logits and their gradient in float32, of the C tokens of a chunk
+                  (`head.chunk_size`); below float32 c·C·V more; c·V·D where the head is gathered,
+                  cast, or turned (untied); 4·V·D for its gradient where it trains, and as much
+                  again where that is turned
 
     training      parameters + optimizer + the largest of
                     activations + logits                   end of the forward pass
@@ -42,7 +46,7 @@ compute dtype. `A` counts norms of a block (2, or 4 with `post_norms`).
 
 Terms marked "goes to" are kept where that kernel trains or has an adapter, those "before their
 scale" where the base trains. Left out: what a compiler wastes, libraries' workspaces, collectives'
-buffers, masks and rotary angles of local layers.
+buffers, masks and rotary angles of local layers, tiles of tree attention, paths of pairs.
 """
 
 from __future__ import annotations
@@ -59,6 +63,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from w2sjax.models import attention
 from w2sjax.models.config import PROJECTIONS, ModelConfig
+from w2sjax.models.head import chunk_size
 from w2sjax.models.policy import abstract_params
 from w2sjax.models.transformer import PARTITION_RULES
 from w2sjax.parallel import AXES, param_shardings
@@ -195,11 +200,11 @@ def _itemsizes(config: ModelConfig) -> tuple[int, int]:
     return config.dtype.itemsize, jnp.dtype(config.param_dtype).itemsize
 
 
-def _is_fused(config: ModelConfig) -> bool:
-    name = config.attention
-    if name == "auto":
-        name = attention.resolve(name, dtype=config.dtype, softcap=config.attention_softcap)
-    return name != "xla"
+def _attention(config: ModelConfig) -> str:
+    """What attends to rows of tries."""
+    if config.attention != "auto":
+        return config.attention
+    return attention.resolve("auto", dtype=config.dtype, softcap=config.attention_softcap)
 
 
 def _split(config: ModelConfig, tensor: int) -> tuple[int, int, int]:
@@ -241,11 +246,13 @@ def _kept(config: ModelConfig, remat: str, row_length: int, tensor: int) -> int:
     kept = (4 + 4 * all_train) * width * norms
     kept += c * width * (into_attention + feeds("mlp/gate", "mlp/up"))
     kept += config.qk_norm * (4 + 4 * all_train) * (queries + keys)
-    kept += c * (queries + 2 * keys + queries * feeds("attention/output"))
+    scores = _attention(config) == "xla"
+    kept += c * (queries + 2 * keys)
+    kept += c * queries * (not scores or feeds("attention/output"))
     kept += c * hidden * (5 + feeds("mlp/down"))
     kept += c * rank
     heads = config.num_heads // tensor
-    if _is_fused(config):
+    if not scores:
         return kept + 4 * heads
     if remat == "attention" or len(set(config.is_local)) > 1:  # scores are computed again
         return kept
@@ -269,7 +276,7 @@ def _activations(config: ModelConfig, tokens: int, row_length: int, mesh: Mappin
     c, stored = _itemsizes(config)
     kept = _kept(config, config.remat, row_length, mesh["tensor"])
     found = tokens * (config.num_layers * kept + (8 + c) * config.width)
-    if not _is_fused(config):
+    if _attention(config) == "xla":
         found += tokens * row_length
     if c != stored and config.remat in ("none", "attention"):
         found += c * config.num_layers * _block_params(config, mesh["tensor"])
@@ -279,16 +286,22 @@ def _activations(config: ModelConfig, tokens: int, row_length: int, mesh: Mappin
 def _block(config: ModelConfig, tokens: int, row_length: int, mesh: Mapping[str, int]) -> int:
     plain = dataclasses.replace(config, window=None, local_layers=(), local_rope_theta=None)
     at_once = tokens * _kept(plain, "none", row_length, mesh["tensor"])
-    weights = _itemsizes(config)[0] * _block_params(config, mesh["tensor"])
+    c, _ = _itemsizes(config)
+    if _attention(config) == "tree":
+        queries, keys, _ = _split(config, mesh["tensor"])
+        at_once += tokens * ((4 + 2 * c) * queries + (8 + 2 * c) * keys)
+    weights = c * _block_params(config, mesh["tensor"])
     return at_once + weights * (2 if config.lora is None else 1)
 
 
 def _logits(config: ModelConfig, tokens: int, mesh: Mapping[str, int]) -> int:
     c, stored = _itemsizes(config)
-    vocab = config.vocab_size // mesh["tensor"]
-    found = (8 + (c if c < 4 else 0)) * tokens * vocab
-    if mesh["fsdp"] > 1 or c != stored:
+    vocab, turned = config.vocab_size // mesh["tensor"], not config.tie_embeddings
+    found = (8 + (c if c < 4 else 0)) * chunk_size(tokens, vocab) * vocab
+    if mesh["fsdp"] > 1 or c != stored or turned:
         found += c * vocab * config.width
+    if config.lora is None:
+        found += 4 * vocab * config.width * (1 + turned)
     return found
 
 
