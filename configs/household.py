@@ -60,6 +60,7 @@ def _smoke(c) -> None:
     c.pretrain.random_low = 0.0
     c.pretrain.random_high = 0.3
     c.pretrain.trajectories = 3
+    c.batches.shapes = 1
     c.pretrain.weak_steps = 250
     c.pretrain.strong_steps = 40  # equal steps, rates and batches where possible: compiled once
     c.weak.steps = 40
@@ -69,6 +70,7 @@ def _smoke(c) -> None:
     c.search.num_simulations = 100
     c.sampler.slots = 16
     c.train.steps = 40
+    c.train.trajectories = 4
     c.train.preference_steps = 4
     c.train.learning_rate = 2e-3
     c.train.warmup_steps = 2

@@ -123,7 +123,7 @@ def default_config() -> ml_collections.ConfigDict:
     # "tree": what trajectories of a batch have in common is computed once; "none": every trajectory
     # in a row of its own, with the same losses, for comparison and debugging
     c.batches.packing = "tree"
-    c.batches.shapes = 2  # row lengths that a training may use, a program to compile for each
+    c.batches.shapes = 3  # row lengths that a training may use, a program to compile for each
 
     # one budget for every method: optimizer steps at equal batch
     c.train = ml_collections.ConfigDict()
@@ -131,7 +131,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.preference_steps = 120  # of them, for dpo, tree_dpo and mcts_tree_dpo
     c.train.learning_rate = 1e-3
     c.train.preference_learning_rate = 5e-5
-    c.train.trajectories = 4  # per batch
+    c.train.trajectories = 8  # per batch
     c.train.accumulate = 1  # micro-batches that a batch is cut into
     c.train.pairs = 8  # pairs per preference batch
     c.train.preference_loss = "sigmoid"  # DPO's; or "ipo", "simpo" (which has no reference)

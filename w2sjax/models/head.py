@@ -167,10 +167,8 @@ def _local_backward(
         weight = jnp.where(place[:, None] < chunks.total, cotangent[inside], 0.0)
         read = flat[source].astype(table.dtype)
         logits = _logits(read, table, softcap)
-        change = -weight * jnp.exp(logits - normalizer[inside])
-        change = change.at[jnp.arange(chunks.size), _own(token, table, axis)].add(
-            weight[:, 0], mode="drop"
-        )
+        is_target = jnp.arange(table.shape[0]) == _own(token, table, axis)[:, None]
+        change = weight * (is_target - jnp.exp(logits - normalizer[inside]))
         if softcap is not None:
             change = change * (1 - jnp.square(logits / softcap))
         change = change.astype(table.dtype)
