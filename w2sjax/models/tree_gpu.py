@@ -61,7 +61,7 @@ def forward(
     """
     rows, length, heads, width = query.shape
     group = heads // key.shape[2]
-    call = _Call(rows, length, width, table, heads, group, interpret)
+    call = _Call(rows, length, width, key.dtype, table, heads, group, interpret)
     return call(
         functools.partial(_forward_kernel, block=table.block, width=width, scoring=scoring),
         table.keys,
@@ -103,7 +103,7 @@ def backward(
     static = dict(block=table.block, width=width, scoring=scoring)
     places = [positions, subtree_end]
 
-    call = _Call(rows, length, width, table, heads, group, interpret)
+    call = _Call(rows, length, width, key.dtype, table, heads, group, interpret)
     (by_query,) = call(
         functools.partial(_query_kernel, **static),
         table.keys,
@@ -111,7 +111,7 @@ def backward(
         [(total, call.own_scalars), (mean, call.own_scalars), *((x, call.row) for x in places)],
         [(jax.ShapeDtypeStruct(query.shape, query.dtype), call.own)],
     )
-    call = _Call(rows, length, width, table, heads // group, 1, interpret)
+    call = _Call(rows, length, width, key.dtype, table, heads // group, 1, interpret)
     grouped = pl.BlockSpec((None, length, group, call.width), lambda i, h, s: (s, 0, h, 0))
     scalars = pl.BlockSpec((None, group, length), lambda i, h, s: (s, h, 0))
     by_key, by_value = call(
@@ -135,6 +135,7 @@ class _Call:
         rows: int,
         length: int,
         width: int,
+        dtype: jnp.dtype,
         table: BlockTable,
         heads: int,
         group: int,
@@ -144,7 +145,8 @@ class _Call:
         self.grid = (blocks, heads, rows)
         self.width = _padded(width)
         self.interpret = interpret
-        self.warps = 8 if block * self.width > 64 * 64 else 4
+        tile_bytes = block * self.width * jnp.dtype(dtype).itemsize
+        self.warps = 8 if block >= 64 and tile_bytes >= _TILE_BYTES else 4
         # its own block; the whole row of the key head that it reads; and one scalar per token
         self.own = pl.BlockSpec((None, block, None, self.width), lambda i, h, s: (s, i, h, 0))
         self.shared = pl.BlockSpec(

@@ -13,11 +13,13 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from w2sjax.models import tree_gpu, tree_tpu
 from w2sjax.models.tree_blocks import BlockTable, block_table
 from w2sjax.models.tree_tile import Scoring
 
+Axes = str | tuple[str, ...] | None  # of a mesh
 _KINDS = {"gpu": tree_gpu, "tpu": tree_tpu}
 
 
@@ -42,7 +44,9 @@ def default_block(kind: str, *, dtype: jnp.dtype, width: int, group: int) -> int
     Returns:
       A block that `tree_attention` takes.
     """
-    return tree_gpu.default_block(dtype, width) if kind == "gpu" else tree_tpu.default_block(group)
+    if kind == "gpu":
+        return tree_gpu.default_block(dtype, width)
+    return tree_tpu.default_block(group, width)
 
 
 def tree_attention(
@@ -58,6 +62,7 @@ def tree_attention(
     softcap: float | None = None,
     block: int | None = None,
     table: BlockTable | None = None,
+    split: tuple[Axes, Axes] | None = None,
     interpret: bool = False,
 ) -> chex.Array:
     """Attention of the tokens of a row to those on their own path: `j <= i < subtree_end[j]`.
@@ -77,8 +82,11 @@ def tree_attention(
       window: tokens further back than this, by position, are not seen; None for all.
       softcap: c, scores become c·tanh(score / c).
       block: tokens of a block, `default_block` where None: a power of two of 16 or more on GPU, a
-        multiple of 128 on TPU. Rows are padded to a multiple of it here.
+        multiple of 16 on TPU. Rows are padded to a multiple of it here.
       table: `block_table` of these rows, for callers with several layers; made here where None.
+      split: axes of the current mesh (`jax.set_mesh`) that rows and key/value heads are split over;
+        each device then runs the kernels on its part, which the compiler cannot arrange by itself.
+        None on one device.
       interpret: run in Pallas's interpreter on any backend, slowly; then any block will do.
 
     Returns:
@@ -111,12 +119,30 @@ def tree_attention(
             f"these rows need {wanted} and {(rows, blocks)}"
         )
 
+    static = _Static(kind, Scoring(scale, softcap, window), interpret)
+    attend = functools.partial(_attend_rows, static=static)
+    if split is not None:
+        by_row = PartitionSpec(split[0])
+        by_head = PartitionSpec(split[0], None, split[1], None)
+        attend = jax.shard_map(
+            attend,
+            in_specs=(by_head, by_head, by_head, by_row, by_row, by_row),
+            out_specs=by_head,
+            check_vma=False,  # what a kernel varies over cannot be told from outside
+        )
+    return attend(query, key, value, positions, subtree_end, table)
+
+
+def _attend_rows(query, key, value, positions, subtree_end, table, *, static):
+    """`tree_attention` of whole rows and heads: fills the last block and cuts it off again."""
+    length = query.shape[1]
+    missing = table.keys.count.shape[1] * table.block - length
+
     def whole_blocks(values):
-        past_end = [(0, 0), (0, blocks * block - length)] + [(0, 0)] * (values.ndim - 2)
-        return jnp.pad(values, past_end) if blocks * block > length else values
+        past_end = [(0, 0), (0, missing)] + [(0, 0)] * (values.ndim - 2)
+        return jnp.pad(values, past_end) if missing else values
 
     tree = (whole_blocks(positions), whole_blocks(subtree_end), table)
-    static = _Static(kind, Scoring(scale, softcap, window), interpret)
     mixed = _attend(*(whole_blocks(x) for x in (query, key, value)), tree, static)
     return mixed[:, :length]
 

@@ -25,18 +25,23 @@ from w2sjax.models.tree_blocks import BlockList, BlockTable
 from w2sjax.models.tree_tile import Scoring, Side, dot
 
 _LANES = 128
-_TILE_SCORES = 2**18  # a float32 tile of 1 MiB, of which a few are alive at once
+_LEAST_BLOCK = 16  # rows of a register of bfloat16
+_TILE_NUMBERS = 2**18  # scores or queries: 1 MiB of float32, of which a few are alive at once
 
 
-def default_block(group: int) -> int:
-    """Tokens of a block, so that its scores for a group of query heads fit VMEM with ease."""
-    return next(b for b in (512, 256, 128) if group * b * b <= _TILE_SCORES or b == 128)
+def default_block(group: int, width: int) -> int:
+    """Tokens of a block, so that what a step keeps for a group of query heads fits VMEM."""
+    sizes = (512, 256, 128, 64, 32)
+    wide = -(-width // _LANES) * _LANES
+    return next((b for b in sizes if group * b * max(b, wide) <= _TILE_NUMBERS), _LEAST_BLOCK)
 
 
 def check(block: int) -> None:
     """Raises ValueError for a block that Mosaic cannot do."""
-    if block % _LANES:
-        raise ValueError(f"tree attention on TPU needs blocks of a multiple of 128, got {block}")
+    if block % _LEAST_BLOCK:
+        raise ValueError(
+            f"tree attention on TPU needs blocks of a multiple of {_LEAST_BLOCK}, got {block}"
+        )
 
 
 def forward(
