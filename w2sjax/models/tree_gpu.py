@@ -21,11 +21,13 @@ from w2sjax.models.tree_blocks import BlockList, BlockTable
 from w2sjax.models.tree_tile import Scoring, Side, dot
 
 _TILE_BYTES = 16384  # of one block of keys: a few of them fit the shared memory of any recent GPU
+_ROW_BYTES = 128  # of one number per token: larger tiles of scores spill out of the registers
 
 
 def default_block(dtype: jnp.dtype, width: int) -> int:
-    """Tokens of a block, so that a block of keys of this head width takes `_TILE_BYTES` or less."""
-    return max(16, min(64, _TILE_BYTES // (_padded(width) * jnp.dtype(dtype).itemsize)))
+    """Tokens of a block that is kept in shared memory and registers for this width of a head."""
+    size = jnp.dtype(dtype).itemsize
+    return max(16, min(_ROW_BYTES // size, _TILE_BYTES // (_padded(width) * size)))
 
 
 def check(block: int) -> None:
