@@ -62,7 +62,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.models.param_dtype = "float32"  # or "bfloat16"; adapters are float32 either way
     c.models.compute_dtype = "auto"  # "float32", "bfloat16"; auto: float32 on CPU, else bfloat16
     c.models.remat = "none"  # what backward passes compute again; see w2sjax.models.ModelConfig
-    c.models.attention = "auto"  # or "xla", "tree", "pallas", "cudnn", "splash"; see models.attention
+    c.models.attention = "auto"  # or "xla", "tree", "pallas", "cudnn", "splash"; see ModelConfig
     c.models.lora_rank = 0  # trains adapters of this rank beside a frozen model; 0 trains all of it
     c.models.lora_alpha = 16.0  # adapters are multiplied by alpha / rank
     c.models.lora_dropout = 0.0
