@@ -161,16 +161,25 @@ def write_checkpoints(directory: Path, shape: dict[str, Any]) -> tuple[Path, Pat
     return paths
 
 
-def preference_loader(pairs: Pairs, logps: np.ndarray) -> batches.PreferenceLoader:
-    """All pairs as one batch, with the reference's log-probabilities, float32 [2P]."""
-    num_pairs, length = len(pairs.prompt), pairs.rows.shape[1]
+def preference_loader(pairs: Pairs, logps: np.ndarray) -> batches.BatchLoader:
+    """All pairs as one batch, with the reference's log-probabilities, float32 [3P], of the paths
+    that `batches.pair_parts` lists.
+    """
     return batches.preference_batches(
         pairs.sequences(),
-        pairs_per_batch=num_pairs,
-        row_length=length,
+        pairs_per_batch=len(pairs.prompt),
         seed=0,
         total_steps=1,
-        extras={"ref_chosen_logps": logps[:num_pairs], "ref_rejected_logps": logps[num_pairs:]},
+        extras={"ref_logps": logps.reshape(3, -1).T},
+        packing="none",
+    )
+
+
+def sft_loader(pairs: Pairs) -> batches.BatchLoader:
+    """Both sides of all pairs as one batch."""
+    sides = pairs.sides()
+    return batches.sft_batches(
+        sides, sequences_per_batch=len(sides), total_steps=1, seed=0, packing="none"
     )
 
 
@@ -185,24 +194,23 @@ def optimizer() -> optax.GradientTransformation:
 
 
 def ours(policy: Path, reference: Path, pairs: Pairs) -> Contender:
-    """As the trainer does it: rows of whole sequences, the reference scored once."""
+    """As the trainer does it with `batches.packing = none`, a row for each sequence, so that all do
+    the same work; the reference is scored once. What packing saves is in benchmarks/packing.py.
+    """
     layers = models.read_config(policy).num_layers
     changes = dict(compute_dtype="float32", unroll=layers)
     config, params = models.load_hf(policy, **changes)
     _, reference_params = models.load_hf(reference, **changes)
-    apply_fn, tx = models.make_apply_fn(config), optimizer()
-    num_pairs, length = len(pairs.prompt), pairs.rows.shape[1]
-
-    sft_loader = batches.sft_batches(
-        pairs.sides(), rows_per_batch=2 * num_pairs, row_length=length, seed=0
-    )
+    score_fn, tx = models.make_score_fn(config), optimizer()
     preference_loss = functools.partial(losses.preference_loss, beta=BETA)
-    sft_step = train.make_train_step(apply_fn, losses.sft_loss, tx)
-    dpo_step = train.make_train_step(apply_fn, preference_loss, tx)
-    scorer = train.make_sequence_scorer(apply_fn, rows_per_batch=2 * num_pairs, row_length=length)
+    sft_step = train.make_train_step(score_fn, losses.sft_loss, tx)
+    dpo_step = train.make_train_step(score_fn, preference_loss, tx)
+    scorer = train.make_sequence_scorer(
+        score_fn, rows_per_batch=len(pairs.rows), row_length=pairs.rows.shape[1], share=False
+    )
     start = train.init_state(params, tx)
     states = {"sft": start, "dpo": jax.tree.map(jnp.copy, start)}
-    loaders = {"sft": sft_loader}
+    loaders = {"sft": sft_loader(pairs)}
 
     def update(name: str, step: train.TrainStep) -> float:
         loaded = loaders[name].batch(0)
@@ -211,7 +219,9 @@ def ours(policy: Path, reference: Path, pairs: Pairs) -> Contender:
         return float(metrics["loss"])
 
     def score() -> None:
-        loaders["dpo"] = preference_loader(pairs, scorer(reference_params, pairs.sides()))
+        loaders["dpo"] = preference_loader(
+            pairs, scorer(reference_params, *batches.pair_parts(pairs.sequences()))
+        )
 
     return Contender(lambda: update("sft", sft_step), score, lambda: update("dpo", dpo_step))
 
@@ -569,63 +579,23 @@ def _ratios(seconds: dict[str, dict[str, float]]) -> dict[str, float]:
 # -------------------------------------------------------------------------------------------- GPU
 
 
-def make_full_update(
+def make_update(
     config: models.ModelConfig, params: Any, loss_fn: losses.LossFn
 ) -> Callable[[batches.LoadedBatch], float]:
-    """The trainer's update of all parameters; consumes nothing of `params`."""
+    """The trainer's update, of all parameters or of adapters where there are some; what trains is
+    copied, `params["base"]` is kept.
+    """
     tx = optimizer()
-    step = train.make_train_step(models.make_apply_fn(config), loss_fn, tx)
-    held = [train.init_state(params, tx)]
+    step = train.make_train_step(models.make_score_fn(config), loss_fn, tx)
+    trained, frozen = params, None
+    if config.lora is not None:
+        trained, frozen = {"lora": params["lora"]}, {"base": params["base"]}
+    held = [train.init_state(trained, tx)]
 
     def update(loaded: batches.LoadedBatch) -> float:
-        state, metrics = step(held.pop(), loaded.batch, loaded.extras)
+        state, metrics = step(held.pop(), loaded.batch, loaded.extras, frozen)
         held.append(jax.block_until_ready(state))
         return float(metrics["loss"])
-
-    return update
-
-
-def make_lora_step(
-    config: models.ModelConfig, loss_fn: losses.LossFn, tx: optax.GradientTransformation
-) -> Callable[..., tuple[Any, Any, jax.Array]]:
-    """(adapters, opt_state, base, batch, extras) → (adapters, opt_state, loss): gradients and
-    optimizer know of the adapters alone. The first two are consumed.
-    """
-    apply_fn = models.make_apply_fn(config)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(adapters, opt_state, base, batch, extras):
-        def objective(adapters):
-            logits = apply_fn(
-                {"base": base, "lora": adapters},
-                batch.tokens,
-                positions=batch.positions,
-                subtree_end=batch.subtree_end,
-            )
-            logps = losses.per_token_logps(logits, batch.tokens, batch.predecessor)
-            output = loss_fn(logps, batch, extras)
-            return output.loss_sum / output.denominator
-
-        loss, grads = jax.value_and_grad(objective)(adapters)
-        updates, opt_state = tx.update(grads, opt_state, adapters)
-        return optax.apply_updates(adapters, updates), opt_state, loss
-
-    return step
-
-
-def make_lora_update(
-    config: models.ModelConfig, params: Any, loss_fn: losses.LossFn
-) -> Callable[[batches.LoadedBatch], float]:
-    """`make_lora_step` with its state; `params["base"]` is kept, the adapters are copied."""
-    tx = optimizer()
-    step = make_lora_step(config, loss_fn, tx)
-    adapters = jax.tree.map(jnp.copy, params["lora"])
-    held = [(adapters, jax.jit(tx.init)(adapters))]
-
-    def update(loaded: batches.LoadedBatch) -> float:
-        *trained, loss = step(*held.pop(), params["base"], loaded.batch, loaded.extras)
-        held.append(jax.block_until_ready(tuple(trained)))
-        return float(loss)
 
     return update
 
@@ -637,20 +607,14 @@ def measure_alone(
 
     The reference is the start, for adapters the base, scored once before the updates.
     """
-    num_pairs, length = len(pairs.prompt), pairs.rows.shape[1]
     draw = jax.jit(functools.partial(models.init_params, config))
     start = functools.partial(draw, jax.random.key(0))
     result, logps = _time_reference(config, start(), pairs, rounds)
-    sft_loader = batches.sft_batches(
-        pairs.sides(), rows_per_batch=2 * num_pairs, row_length=length, seed=0
-    )
-    dpo_loader = preference_loader(pairs, logps)
     preference_loss = functools.partial(losses.preference_loss, beta=BETA)
-    make_update = make_full_update if config.lora is None else make_lora_update
-    flops = model_flops(config, pairs.rows.size, length)
+    flops = model_flops(config, pairs.rows.size, pairs.rows.shape[1])
     for kind, loss_fn, loader in (
-        ("sft", losses.sft_loss, sft_loader),
-        ("dpo", preference_loss, dpo_loader),
+        ("sft", losses.sft_loss, sft_loader(pairs)),
+        ("dpo", preference_loss, preference_loader(pairs, logps)),
     ):
         # No name for the parameters here: a state is a copy, and at 8B every copy counts.
         update = functools.partial(make_update(config, start(), loss_fn), loader.batch(0))
@@ -667,13 +631,13 @@ def measure_alone(
 def _time_reference(
     config: models.ModelConfig, params: Any, pairs: Pairs, rounds: int
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Median time of scoring the pairs, and float32 [2P] log-probabilities."""
+    """Median time of scoring the pairs, and float32 [3P] log-probabilities."""
     if config.lora is not None:
         config, params = models.without_adapters(config), params["base"]
     scorer = train.make_sequence_scorer(
-        models.make_apply_fn(config), rows_per_batch=1, row_length=pairs.rows.shape[1]
+        models.make_score_fn(config), rows_per_batch=1, row_length=pairs.rows.shape[1], share=False
     )
-    score = functools.partial(scorer, params, pairs.sides())
+    score = functools.partial(scorer, params, *batches.pair_parts(pairs.sequences()))
     logps = score()  # compiles
     return {"reference_s": statistics.median(alternating({"": score}, rounds)[""])}, logps
 

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from w2sjax import losses, models
+from w2sjax import losses, models, train
+from w2sjax.parallel import make_mesh, replicated
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "train_step.py"
 TINY = dict(
@@ -105,17 +106,23 @@ def test_gpu_lora_step_traces_at_full_size(bench, name):
     config = dataclasses.replace(bench.GPU_SHAPES[name], lora=models.Lora())
     params, tx = models.abstract_params(config), bench.optimizer()
     pairs = bench.make_pairs(1, config.vocab_size, prompt=2048, answer=2048)
-    loaded = bench.preference_loader(pairs, np.zeros(2, np.float32)).batch(0)
-    step = bench.make_lora_step(
-        config, functools.partial(losses.preference_loss, beta=bench.BETA), tx
+    loaded = bench.preference_loader(pairs, np.zeros(3, np.float32)).batch(0)
+    loss_fn = functools.partial(losses.preference_loss, beta=bench.BETA)
+    step = train.make_train_step(models.make_score_fn(config), loss_fn, tx)
+    everywhere = replicated(make_mesh(devices=jax.devices()[:1]))
+    adapters, base = {"lora": params["lora"]}, {"base": params["base"]}
+    state = train.TrainState(
+        params=adapters,
+        opt_state=jax.eval_shape(tx.init, adapters),
+        step=jax.ShapeDtypeStruct((), np.int32),
     )
-    opt_state = jax.eval_shape(tx.init, params["lora"])
-    arguments = (params["lora"], opt_state, params["base"], loaded.batch, loaded.extras)
-    adapters, opt_state_after, loss = jax.eval_shape(step, *arguments)
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), state
+    )
+    after, metrics = step.lower(state, loaded.batch, loaded.extras, base).out_info
     same = functools.partial(jax.tree.map, lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype))
-    assert all(jax.tree.leaves(same(adapters, params["lora"])))
-    assert all(jax.tree.leaves(same(opt_state_after, opt_state)))
-    assert loss.shape == ()
+    assert all(jax.tree.leaves(same(after, state)))
+    assert metrics["loss"].shape == ()
 
 
 def test_gpu_shapes_are_1b_and_8b(bench):

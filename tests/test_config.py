@@ -44,6 +44,11 @@ def test_every_config_is_valid_locked_and_has_no_unknown_variant(name):
         ("env.workers", -1, "0 or more"),
         ("pretrain.random_low", 1.1, "between 0 and 1"),
         ("models.max_length", 10, "max_length"),
+        ("batches.packing", "dense", "one of tree, none"),
+        ("batches.shapes", 0, "greater than 0"),
+        ("train.preference_loss", "hinge", "one of sigmoid, ipo, simpo"),
+        ("train.label_smoothing", 0.5, "less than 0.5"),
+        ("train.simpo_margin", 0.1, "'simpo' alone"),
     ],
 )
 def test_impossible_values_name_the_field(field, value, says):

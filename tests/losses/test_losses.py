@@ -1,4 +1,6 @@
-"""Laws of the losses: masked is deleted, parts sum to the whole, DPO starts at log 2."""
+"""Laws of the losses: masked is deleted, shared is counted, parts sum to the whole, DPO starts at
+log 2.
+"""
 
 import dataclasses
 import functools
@@ -9,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from w2sjax.batches import Sequence, pack_rows
+from w2sjax.batches import PairSequences, Part, Sequence, pack_rows, pair_parts
 from w2sjax.losses import (
     Mean,
-    dpo_loss,
+    pair_loss,
+    path_sums,
     per_token_logps,
     preference_loss,
-    sequence_lengths,
-    sequence_logps,
+    score_from_logits,
     sft_loss,
 )
 
@@ -34,13 +36,9 @@ def make_sequences(count, seed=0, weight=1.0):
     return result
 
 
-def make_logps(batch, seed=0):
-    return np.random.default_rng(seed).normal(-3, 1, batch.tokens.shape).astype(np.float32)
-
-
 def by_token(batch):
     """Log-probabilities that depend on the token alone: places in the row do not matter."""
-    return -np.sqrt(1 + batch.tokens.astype(np.float32))
+    return -np.sqrt(1 + np.asarray(batch.tokens, np.float32))
 
 
 def run(loss_fn, logps, batch, extras=None):
@@ -83,22 +81,37 @@ def test_per_token_logps_sums_in_float32():
     np.testing.assert_allclose(result, wide, rtol=1e-6)
 
 
-def test_sequence_sums_leave_out_padding_and_context():
-    sequences = make_sequences(4)
-    batch = pack_rows(sequences, 12)
-    learned = batch.loss_weight > 0
-    logps = make_logps(batch)
-    wanted = [logps[(batch.sequence_id == q) & learned].sum() for q in range(4)]
-    spoiled = np.where(learned, logps, np.nan)  # what is masked may be anything
-    sums = jax.jit(functools.partial(sequence_logps, num_sequences=4))
-    np.testing.assert_allclose(
-        sums(spoiled, batch.loss_weight, batch.sequence_id), wanted, rtol=1e-6
-    )
-    lengths = jax.jit(functools.partial(sequence_lengths, num_sequences=5))
-    np.testing.assert_array_equal(
-        lengths(batch.loss_weight, batch.sequence_id),
-        [*(np.count_nonzero(sequence.weights) for sequence in sequences), 0],
-    )
+def test_scores_of_a_model_that_gives_logits_are_those_of_learned_tokens_alone():
+    batch = pack_rows(make_sequences(4), 12)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 5, (*batch.tokens.shape, VOCABULARY)).astype(np.float32)
+    given = {}
+
+    def apply_fn(params, tokens, **options):
+        given.update(options)
+        return logits * params
+
+    scores = score_from_logits(apply_fn)(2.0, batch)
+    assert given.keys() == {"positions", "subtree_end"}
+    wanted = per_token_logps(2 * logits, batch.tokens, batch.predecessor)
+    np.testing.assert_array_equal(scores, np.where(batch.loss_count > 0, wanted, 0))
+    score_from_logits(apply_fn)(2.0, batch, dropout_key="key")
+    assert given["dropout_key"] == "key"
+
+
+def test_path_sums_leave_out_padding_and_context():
+    sequences = [*make_sequences(4), make_sequences(1)[0].scaled(0.5)]  # the first once more
+    parts = [Part(place, 0, len(one)) for place, one in enumerate(sequences)]
+    parts.append(Part(1, len(sequences[1]) - 1, len(sequences[1])))
+    batch = pack_rows(sequences, 12, parts=parts)
+    spoiled = np.where(batch.loss_count > 0, by_token(batch), np.nan)  # masked may be anything
+    wanted = [
+        (by_token(one)[part.start : part.stop] * one.weights[part.start : part.stop]).sum()
+        for part in parts
+        for one in [sequences[part.sequence]]
+    ]
+    sums = jax.jit(functools.partial(path_sums, num_paths=7))(spoiled, batch)
+    np.testing.assert_allclose(sums, [*wanted, 0], rtol=1e-6)
 
 
 def test_masking_a_sequence_equals_deleting_it():
@@ -106,7 +119,7 @@ def test_masking_a_sequence_equals_deleting_it():
     silent = Sequence(sequences[2].tokens, np.zeros(len(sequences[2])))
     with_it = pack_rows([*sequences[:2], silent], 24, num_rows=1)
     without = pack_rows(sequences[:2], 24, num_rows=1)
-    spoiled = np.where(with_it.loss_weight > 0, by_token(with_it), np.nan)
+    spoiled = np.where(with_it.loss_count > 0, by_token(with_it), np.nan)
     assert run(sft_loss, spoiled, with_it) == pytest.approx(
         run(sft_loss, by_token(without), without)
     )
@@ -121,18 +134,24 @@ def test_an_integer_weight_equals_repetition():
     )
 
 
-def test_sft_metrics_count_tokens_once_whatever_their_weight():
-    batch = pack_rows(make_sequences(3, weight=4.0), 12)
-    logps = make_logps(batch)
-    learned = batch.loss_weight > 0
-    metrics = run(sft_loss, logps, batch)
-    assert metrics["tokens"] == learned.sum()
-    assert metrics["nll"] == pytest.approx(-logps[learned].mean())
+def test_sft_counts_a_shared_token_once_for_each_sequence_whatever_its_weight():
+    sequences = make_sequences(3, weight=4.0)
+    sequences += [sequences[0].scaled(0.125), Sequence(sequences[0].tokens, sequences[0].weights)]
+    logps = [by_token(one)[one.learned] for one in sequences]
+    weights = [one.weights[one.learned] for one in sequences]
+    wanted = {
+        "loss": -sum(map(np.dot, logps, weights)) / sum(map(np.sum, weights)),
+        "nll": -np.concatenate(logps).mean(),
+        "tokens": sum(map(len, logps)),
+    }
+    for share in (True, False):
+        batch = pack_rows(sequences, 24, share=share)
+        assert run(sft_loss, by_token(batch), batch) == pytest.approx(wanted)
 
 
 def test_sums_and_denominators_of_parts_add_up():
     whole = pack_rows(make_sequences(6), 8, num_rows=6)
-    logps = make_logps(whole)
+    logps = by_token(whole)
 
     def part(rows):
         fields = {
@@ -145,51 +164,62 @@ def test_sums_and_denominators_of_parts_add_up():
 
 
 def test_dpo_at_the_reference_is_log_2():
-    chosen, rejected = np.float32([-3.0, -90.0]), np.float32([-40.0, -1.0])
-    loss = functools.partial(dpo_loss, chosen, rejected, chosen, rejected)
+    loss = functools.partial(pair_loss, np.zeros(2, np.float32))
     np.testing.assert_allclose(loss(beta=0.1), math.log(2), rtol=1e-6)
     np.testing.assert_allclose(loss(beta=2.0, label_smoothing=0.3), math.log(2), rtol=1e-6)
     np.testing.assert_allclose(loss(beta=0.1, loss_type="ipo"), 25.0, rtol=1e-6)
+    np.testing.assert_allclose(loss(beta=0.1, loss_type="simpo"), math.log(2), rtol=1e-6)
 
 
-def test_dpo_follows_its_equations():
-    sides = [np.float32([value]) for value in (-3.0, -5.0, -4.0, -4.5)]
-    gain = (-3.0 + 4.0) - (-5.0 + 4.5)
+def test_pair_losses_follow_their_equations():
+    gain = 1.5
+    loss = functools.partial(pair_loss, np.float32([gain]), beta=0.5)
     wanted = math.log1p(math.exp(-0.5 * gain))
-    loss = functools.partial(dpo_loss, *sides, beta=0.5)
     assert float(loss()[0]) == pytest.approx(wanted)
     assert float(loss(loss_type="ipo")[0]) == pytest.approx((gain - 1.0) ** 2)
     flipped = math.log1p(math.exp(0.5 * gain))
     assert float(loss(label_smoothing=0.2)[0]) == pytest.approx(0.8 * wanted + 0.2 * flipped)
+    simpo = loss(loss_type="simpo", margin=0.3)
+    assert float(simpo[0]) == pytest.approx(math.log1p(math.exp(0.3 - 0.5 * gain)))
 
 
 def test_dpo_pushes_the_two_sides_apart():
-    def total(chosen, rejected):
-        return dpo_loss(chosen, rejected, np.zeros(1), np.zeros(1), beta=0.1).sum()
-
-    up, down = jax.jit(jax.grad(total, argnums=(0, 1)))(np.zeros(1), np.zeros(1))
-    assert float(up[0]) == pytest.approx(-0.05) and float(down[0]) == pytest.approx(0.05)
+    slope = jax.grad(lambda gain: pair_loss(gain, beta=0.1).sum())(np.zeros(1, np.float32))
+    assert float(slope[0]) == pytest.approx(-0.05)
 
 
 class Preferences:
-    """Three pairs, their log-probabilities, and everything a loss should say, in numpy."""
+    """Three pairs, one of which shares what both sides learn, their log-probabilities, and
+    everything a loss should say, in numpy.
+    """
 
-    def __init__(self):
-        sequences = make_sequences(6)
-        self.batch = pack_rows(sequences, 16)
-        self.logps = make_logps(self.batch)
-        learned = self.batch.loss_weight > 0
-        places = [(self.batch.sequence_id == q) & learned for q in range(6)]
-        sums = np.array([self.logps[place].sum() for place in places])
-        lengths = np.array([place.sum() for place in places])
-        references = (sums + np.random.default_rng(5).normal(0, 1, 6)).astype(np.float32)
-        self.sums, self.lengths, self.references = (
-            array.reshape(2, 3) for array in (sums, lengths, references)
+    def __init__(self, share=True):
+        sides = make_sequences(6)
+        for side in (1, 4):
+            start = np.array([3, 1, 4, 1]), np.array([0, 1, 0, 1.0])
+            sides[side] = Sequence(
+                np.r_[start[0], sides[side].tokens], np.r_[start[1], sides[side].weights]
+            )
+        pairs = [PairSequences(*sides[place::3]) for place in range(3)]
+        assert [pair.parting >= 4 for pair in pairs] == [False, True, False]
+        sequences, parts = pair_parts(pairs)
+        self.batch = pack_rows(sequences, 20, share=share, parts=parts)
+        self.logps = by_token(self.batch)
+
+        def of_parts(measure):
+            found = [
+                measure(sequences[part.sequence])[part.start : part.stop].sum() for part in parts
+            ]
+            return np.array(found, np.float32).reshape(3, 3).T  # pairs, kinds of part
+
+        sums = of_parts(lambda one: by_token(one) * one.weights)
+        tokens = of_parts(lambda one: one.weights > 0).astype(np.int32)
+        reference = (sums + np.random.default_rng(5).normal(0, 1, (3, 3))).astype(np.float32)
+        self.extras = {"path_tokens": tokens, "ref_logps": reference}
+        # Of whole sides: [2, P].
+        self.sums, self.references, self.lengths = (
+            (array[:, :2] + array[:, 2:]).T for array in (sums, reference, tokens)
         )
-        self.extras = {
-            "ref_chosen_logps": self.references[0],
-            "ref_rejected_logps": self.references[1],
-        }
 
     def run(self, **options):
         loss_fn = functools.partial(preference_loss, **options)
@@ -201,8 +231,9 @@ def mean_dpo(sums, references, beta):
     return np.log1p(np.exp(-beta * gain)).mean()
 
 
-def test_preference_loss_and_its_metrics():
-    data = Preferences()
+@pytest.mark.parametrize("share", [True, False])
+def test_preference_loss_and_its_metrics(share):
+    data = Preferences(share)
     chosen, rejected = 0.3 * (data.sums - data.references)
     assert data.run(beta=0.3) == pytest.approx(
         {
@@ -237,13 +268,24 @@ def test_length_normalisation_divides_both_policies():
     assert metrics["logps/chosen"] == pytest.approx(data.sums[0].mean(), rel=1e-5)
 
 
+def test_simpo_has_means_per_token_a_margin_and_no_reference():
+    data = Preferences()
+    del data.extras["ref_logps"]
+    metrics = data.run(beta=2.0, loss_type="simpo", margin=0.4)
+    gain = np.subtract(*(data.sums / data.lengths))
+    assert metrics["loss"] == pytest.approx(np.log1p(np.exp(0.4 - 2.0 * gain)).mean(), rel=1e-5)
+    assert metrics["rewards/margins"] == pytest.approx((2.0 * gain).mean(), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"beta": 0.0}, "beta must be above 0"),
         ({"beta": 0.1, "label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\)"),
-        ({"beta": 0.1, "loss_type": "hinge"}, "'sigmoid' or 'ipo'; got 'hinge'"),
-        ({"beta": 0.1, "loss_type": "ipo", "label_smoothing": 0.1}, "'sigmoid' only"),
+        ({"beta": 0.1, "loss_type": "hinge"}, "one of sigmoid, ipo, simpo; got 'hinge'"),
+        ({"beta": 0.1, "loss_type": "ipo", "label_smoothing": 0.1}, "with loss_type 'sigmoid'"),
+        ({"beta": 0.1, "margin": 0.1}, "margin goes with loss_type 'simpo', not 'sigmoid'"),
+        ({"beta": 0.1, "loss_type": "simpo", "margin": -0.1}, "margin must not be negative"),
         ({"beta": 0.1, "sft_weight": -1.0}, "sft_weight must not be negative"),
     ],
 )
@@ -252,7 +294,9 @@ def test_impossible_options_are_named(options, message):
         Preferences().run(**options)
 
 
-def test_missing_reference_is_named():
+@pytest.mark.parametrize("name", ["ref_logps", "path_tokens"])
+def test_missing_extras_are_named(name):
     data = Preferences()
-    with pytest.raises(KeyError, match="ref_chosen_logps"):
-        preference_loss(data.logps, data.batch, {}, beta=0.1)
+    del data.extras[name]
+    with pytest.raises(KeyError, match=name):
+        data.run(beta=0.1)

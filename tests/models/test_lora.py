@@ -21,6 +21,7 @@ from w2sjax.models import (
     load_peft,
     make_apply_fn,
     make_policy,
+    make_score_fn,
     merge_lora,
     save_hf,
     save_peft,
@@ -97,11 +98,11 @@ def test_only_adapters_are_trained():
     state = init_state({"lora": params["lora"]}, tx)
     sizes = {leaf.shape for leaf in jax.tree.leaves(params["lora"])} | {()}
     assert {leaf.shape for leaf in jax.tree.leaves(state.opt_state)} <= sizes
-    step = make_train_step(make_apply_fn(CONFIG), sft_loss, tx, dropout_seed=3)
+    step = make_train_step(make_score_fn(CONFIG), sft_loss, tx, dropout_seed=3)
     sequences = [
         Sequence(_tokens((10,), seed), np.r_[0, np.ones(9)].astype(np.float32)) for seed in range(4)
     ]
-    loader = sft_batches(sequences, rows_per_batch=2, row_length=24, seed=0)
+    loader = sft_batches(sequences, sequences_per_batch=4, total_steps=40, seed=0)
     losses = []
     for number in range(40):
         loaded = loader.batch(number)

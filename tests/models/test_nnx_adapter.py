@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from w2sjax.batches import Sequence, sft_batches
-from w2sjax.losses import sft_loss
+from w2sjax.losses import score_from_logits, sft_loss
 from w2sjax.models.attention import subtree_mask
 from w2sjax.models.nnx_adapter import from_nnx
 from w2sjax.train import init_state, make_train_step
@@ -56,8 +56,9 @@ def test_it_trains():
         Sequence(rng.integers(0, 13, 9, np.int32), np.r_[0, np.ones(8)].astype(np.float32))
         for _ in range(4)
     ]
-    loader = sft_batches(sequences, rows_per_batch=2, row_length=20, seed=0)
-    step, state = make_train_step(apply_fn, sft_loss, tx), init_state(params, tx)
+    loader = sft_batches(sequences, sequences_per_batch=4, total_steps=30, seed=0)
+    step = make_train_step(score_from_logits(apply_fn), sft_loss, tx)
+    state = init_state(params, tx)
     losses = []
     for number in range(30):
         loaded = loader.batch(number)

@@ -1,4 +1,5 @@
-"""Any mesh gives the numbers of one device, and no device ever holds a whole parameter set.
+"""Packed trees on any mesh give the numbers of single sequences on one device, and no device ever
+holds a whole parameter set.
 
 On 8 virtual devices, in a process of their own.
 """
@@ -14,29 +15,36 @@ COMMON = """
     import re, functools, math
     import jax, jax.numpy as jnp, numpy as np, optax
     from w2sjax import parallel, train
-    from w2sjax.losses import sft_loss
+    from w2sjax.batches import PairSequences, Sequence, pack_rows, pair_parts
+    from w2sjax.losses import preference_loss, sft_loss
     from w2sjax.models import *
     from w2sjax.parallel import path_name
-    from w2sjax.types import PackedBatch
 
     assert jax.device_count() == 8
     SHAPE = ModelConfig(vocab_size=64, width=32, num_layers=3, num_heads=8, num_kv_heads=4,
                         mlp_width=64, tie_embeddings=False, qkv_bias=True)
-    ROWS, LENGTH = 8, 16
+    ROWS, LENGTH = 8, 32
 
-    def batch(rows=ROWS):
+    def batch(share=True):
+        # Pairs from 7 trees, of which the first is split into two rows; or a row for each side.
         rng = np.random.default_rng(0)
-        index = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (rows, LENGTH))
-        ends = np.where(index < 9, 9, np.where(index < 14, 14, 0)).astype(np.int32)
-        positions = np.where(index < 9, index, np.where(index < 14, index - 9, 0))
-        weight = ((positions > 0) & (ends > 0)).astype(np.float32)
-        return PackedBatch(
-            tokens=rng.integers(0, 64, (rows, LENGTH)).astype(np.int32),
-            positions=positions.astype(np.int32), subtree_end=ends,
-            predecessor=np.maximum(index - 1, 0), loss_weight=weight,
-            sequence_id=np.where(ends > 0, index // 9, -1).astype(np.int32))
+        draw = lambda size: rng.integers(0, 64, size)
+        pairs = []
+        for leaves in (5, 3, 3, 3, 3, 3, 3):
+            trunk = draw(6)
+            sides = [np.concatenate([trunk, draw(8)]) for _ in range(leaves)]
+            weights = np.concatenate([[0, 0, 0, 1, 0, 0, 0], np.ones(7)])
+            pairs += [PairSequences(Sequence(sides[i], weights), Sequence(sides[i - 1], weights))
+                      for i in range(leaves)]
+        sequences, parts = pair_parts(pairs)
+        packed = pack_rows(sequences, LENGTH if share else 14, share=share, parts=parts)
+        assert packed.tokens.shape[0] == (ROWS if share else 64)
+        tokens = [(7, 7, 1)] * len(pairs)
+        extras = {"path_tokens": np.array(tokens, np.int32),
+                  "ref_logps": rng.normal(-9, 3, (len(pairs), 3)).astype(np.float32)}
+        return packed, extras
 
-    def setup(config, mesh, tx):
+    def setup(config, mesh, tx, loss_fn=sft_loss):
         params = parallel.init_sharded(
             functools.partial(init_params, config), PARTITION_RULES, mesh, jax.random.key(0))
         frozen = None
@@ -46,14 +54,18 @@ COMMON = """
             params, frozen = {"lora": params["lora"]}, {"base": params["base"]}
         shardings = parallel.param_shardings(params, PARTITION_RULES, mesh)
         state = train.init_state(params, tx, mesh=mesh, param_shardings=shardings)
-        return state, frozen, train.make_train_step(make_apply_fn(config), sft_loss, tx, mesh=mesh)
+        return state, frozen, train.make_train_step(make_score_fn(config), loss_fn, tx, mesh=mesh)
 """
 
 EQUAL = """
     import dataclasses
     tx = optax.sgd(1.0)  # the change of a parameter is its gradient
-    for changes in ({}, {"lora": Lora(4, targets=".")},
-                    {"window": 3, "local_layers": (True, False, True), "remat": "full"}):
+    dpo_loss = functools.partial(preference_loss, beta=0.1, sft_weight=0.2)
+    for loss_fn, changes in (
+        (dpo_loss, {}),
+        (sft_loss, {"lora": Lora(4, targets=".")}),
+        (sft_loss, {"window": 3, "local_layers": (True, False, True), "remat": "full"}),
+    ):
         config = dataclasses.replace(SHAPE, **changes)
         results = []
         one = parallel.make_mesh(devices=jax.devices()[:1])
@@ -61,9 +73,9 @@ EQUAL = """
         if not changes:
             meshes += [parallel.make_mesh(*sizes) for sizes in ((8, 1, 1), (1, 8, 1), (2, 1, 4))]
         for mesh in meshes:
-            state, frozen, step = setup(config, mesh, tx)
+            state, frozen, step = setup(config, mesh, tx, loss_fn)
             before = jax.device_get(state.params)
-            state, metrics = step(state, batch(), None, frozen)
+            state, metrics = step(state, *batch(share=mesh is not one), frozen)
             after = jax.device_get(state.params)
             results.append((float(metrics["loss"]), jax.tree.map(np.subtract, before, after)))
         loss, gradient = results[0]
@@ -82,7 +94,7 @@ NO_WHOLE_PARAMETERS = """
     for sizes in ((1, 8, 1), (2, 2, 2)):
         mesh = parallel.make_mesh(*sizes)
         state, frozen, step = setup(SHAPE, mesh, tx)
-        text = step.lower(state, batch(), None, frozen).compile().as_text()
+        text = step.lower(state, batch()[0], None, frozen).compile().as_text()
         stacked = {leaf.shape for leaf in jax.tree.leaves(state.params["layers"])
                    if leaf.ndim > 2}
         gathered = [tuple(map(int, dims.split(","))) for dims in re.findall(
@@ -134,7 +146,7 @@ def on_eight_devices(code, *arguments, in_haste=True):
     assert done.stdout.strip().endswith("all held")
 
 
-def test_every_mesh_gives_the_loss_and_gradients_of_one_device():
+def test_trees_on_every_mesh_give_the_loss_and_gradients_of_sequences_on_one_device():
     on_eight_devices(EQUAL)
 
 

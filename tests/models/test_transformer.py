@@ -444,7 +444,9 @@ def test_splash_attention_equals_plain(case):
 
 def test_attention_is_chosen_by_backend_and_never_silently():
     resolve = functools.partial(attention.resolve, dtype=jnp.dtype("bfloat16"), softcap=None)
-    assert resolve("auto") == {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}[jax.default_backend()]
+    assert resolve("auto") == "tree"
+    whole = {"cpu": "tree", "gpu": "cudnn", "tpu": "splash"}[jax.default_backend()]
+    assert resolve("auto", packed=False) == whole
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match="'cudnn' needs a GPU"):
             resolve("cudnn")

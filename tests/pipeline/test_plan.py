@@ -66,9 +66,9 @@ def test_what_cannot_be_planned_is_said_in_a_sentence(tmp_path, flags, words):
 def test_rows_are_rounded_up_to_what_the_mesh_splits():
     by_device = {
         devices: pipeline.plan(real_config(data=-1), num_devices=devices)["weak"].activations
-        for devices in (4, 8, 16)  # 4 rows of pretraining
+        for devices in (8, 16, 32)  # 6 transcripts of pretraining
     }
-    assert by_device[4] == by_device[8] == by_device[16]
+    assert by_device[8] == by_device[16] == by_device[32]
 
 
 def test_preference_pairs_count_with_both_sides():

@@ -15,7 +15,7 @@ from w2sjax.checkpoints import load_params
 from w2sjax.config import default_config
 from w2sjax.envs import EnvPool, PlayRequest
 from w2sjax.pipeline.agents import Agent
-from w2sjax.pipeline.training import Training, to_pairs, to_sequences
+from w2sjax.pipeline.training import Examples, Training, to_pairs, to_sequences
 from w2sjax.sampling import play_episodes
 from w2sjax.types import Status, Step
 
@@ -61,8 +61,10 @@ def broken(episode, num_steps):
 
 
 def test_what_is_learned_is_exactly_what_the_agent_said(template, episodes):
-    sequences, too_long = to_sequences(template, episodes, NO_LIMIT)
-    assert too_long == 0 and len(sequences) == len(episodes)
+    sequences, groups, too_long = to_sequences(template, episodes, NO_LIMIT)
+    assert too_long == 0 and len(sequences) == len(groups) == len(episodes)
+    tasks = [episode.task_id for episode in episodes]
+    assert [tasks.index(task) for task in tasks] == [groups.index(group) for group in groups]
     for episode, sequence in zip(episodes, sequences, strict=True):
         assert set(sequence.weights.tolist()) == {0.0, 1.0}
         assert decode(template, sequence.tokens[sequence.weights > 0]) == spoken(episode.steps)
@@ -83,9 +85,11 @@ def test_step_weights_go_to_their_turns_and_the_rest_is_cut(template, episodes):
     weights[0] = 0
     weights[1, :2] = [5, 0]
     weights[1, 2:] = 0
-    sequences, too_long = to_sequences(template, episodes, NO_LIMIT, step_weights=weights)
+    sequences, groups, too_long = to_sequences(template, episodes, NO_LIMIT, step_weights=weights)
     used = [e for e, row in enumerate(weights) if row.any()]
     assert too_long == 0 and len(sequences) == len(used) < len(episodes)
+    everything = to_sequences(template, episodes, NO_LIMIT)
+    assert groups == [everything.groups[e] for e in used]
     for index, sequence in zip(used, sequences, strict=True):
         episode = episodes[index]
         for t in np.flatnonzero(weights[index]):
@@ -107,8 +111,8 @@ def test_what_was_never_scored_is_never_used(template, episodes):
     weights[1:-1] = [np.arange(num_steps) < len(t.steps) for t in episodes]
     for options in ({"step_weights": weights}, {}, {"all_tokens": True}):
         expected = options if "step_weights" not in options else {"step_weights": weights[1:-1]}
-        got, _ = to_sequences(template, mixed, NO_LIMIT, **options)
-        wanted, _ = to_sequences(template, episodes, NO_LIMIT, **expected)
+        got = to_sequences(template, mixed, NO_LIMIT, **options).items
+        wanted = to_sequences(template, episodes, NO_LIMIT, **expected).items
         assert len(got) == len(wanted) == len(episodes)
         for one, other in zip(got, wanted, strict=True):
             np.testing.assert_array_equal(one.tokens, other.tokens)
@@ -116,21 +120,21 @@ def test_what_was_never_scored_is_never_used(template, episodes):
 
 
 def test_too_long_sequences_are_left_out_and_counted(template, episodes):
-    whole, _ = to_sequences(template, episodes, NO_LIMIT)
+    whole = to_sequences(template, episodes, NO_LIMIT).items
     lengths = [len(s) for s in whole]
     limit = sorted(lengths)[len(lengths) // 2]  # a sequence of just this length stays
-    kept, too_long = to_sequences(template, episodes, limit)
+    kept, _, too_long = to_sequences(template, episodes, limit)
     assert [len(s) for s in kept] == [n for n in lengths if n <= limit]
     assert too_long == sum(n > limit for n in lengths) > 0
     # What counts is the length after the cut.
     first_only = np.zeros((len(episodes), max(len(t.steps) for t in episodes)), np.float32)
     first_only[:, 0] = 1
-    cut, too_long = to_sequences(template, episodes, limit, step_weights=first_only)
+    cut, _, too_long = to_sequences(template, episodes, limit, step_weights=first_only)
     assert len(cut) == len(episodes) and too_long == 0
 
 
 def test_all_tokens_count_but_the_first(template, episodes):
-    sequences, _ = to_sequences(template, episodes, NO_LIMIT, all_tokens=True)
+    sequences = to_sequences(template, episodes, NO_LIMIT, all_tokens=True).items
     for episode, sequence in zip(episodes, sequences, strict=True):
         np.testing.assert_array_equal(sequence.weights, np.arange(len(sequence)) > 0)
         np.testing.assert_array_equal(sequence.tokens, template.encode_trajectory(episode).tokens)
@@ -147,7 +151,7 @@ def test_sampled_ids_are_trained_on_as_they_were_sampled(template, episodes):
     sampled = dataclasses.replace(episode, steps=(first, *episode.steps[1:]))
     weights = np.zeros((1, len(episode.steps)), np.float32)
     weights[0, 0] = 1
-    ((sequence,), _) = to_sequences(template, [sampled], NO_LIMIT, step_weights=weights)
+    (sequence,) = to_sequences(template, [sampled], NO_LIMIT, step_weights=weights).items
     assert sequence.tokens[sequence.weights > 0].tolist() == spelled
 
 
@@ -172,8 +176,8 @@ def pair_arrays(rows):
 
 def test_pairs_are_learned_from_where_they_part_to_their_ends(template, parting):
     rows = [(0, 1, 1, 3, 5), (0, 1, 1, 2, 2), (1, 0, 0, 2, 4)]
-    pairs, too_long = to_pairs(template, parting, NO_LIMIT, pair_arrays(rows))
-    assert too_long == 0
+    pairs, groups, too_long = to_pairs(template, parting, NO_LIMIT, pair_arrays(rows))
+    assert too_long == 0 and groups == [0, 0, 0]
     for (chosen, rejected, start, chosen_end, rejected_end), pair in zip(rows, pairs, strict=True):
         for side, index, end in (
             (pair.chosen, chosen, chosen_end),
@@ -192,11 +196,11 @@ def test_pairs_are_learned_from_where_they_part_to_their_ends(template, parting)
 
 def test_pairs_with_a_side_too_long_are_left_out_and_counted(template, parting):
     rows = [(0, 1, 1, 2, 4), (0, 1, 1, 3, 2), (0, 1, 1, 2, 2)]
-    whole, _ = to_pairs(template, parting, NO_LIMIT, pair_arrays(rows))
+    whole = to_pairs(template, parting, NO_LIMIT, pair_arrays(rows)).items
     longest = [max(len(p.chosen), len(p.rejected)) for p in whole]
     limit = longest[2]
     assert longest[0] > limit < longest[1]
-    kept, too_long = to_pairs(template, parting, limit, pair_arrays(rows))
+    kept, _, too_long = to_pairs(template, parting, limit, pair_arrays(rows))
     assert too_long == 2 and len(kept) == 1
     np.testing.assert_array_equal(kept[0].rejected.tokens, whole[2].rejected.tokens)
 
@@ -246,13 +250,13 @@ def test_dpo_starts_at_log_2_and_leaves_its_reference_alone(tiny_training, tmp_p
         agent,
         policy,
         params,
-        some_pairs(3, vocab_size),
+        Examples(some_pairs(3, vocab_size), [0, 0, 1], too_long=2),
         steps=steps,
         seed=0,
         source="the target dpo",
-        too_long=2,
     )
     assert (facts["pairs"], facts["left_out_too_long"]) == (3, 2)
+    assert facts["sharing"] > 1  # the sides of a pair have their context in common
     log = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == list(range(1, steps + 1))
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -262,7 +266,38 @@ def test_dpo_starts_at_log_2_and_leaves_its_reference_alone(tiny_training, tmp_p
     trained = load_params(tmp_path / "params", jax.eval_shape(lambda: params))
     changed = jax.tree.leaves(jax.tree.map(lambda a, b: np.any(a != b), trained, before))
     assert any(changed)
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "params"}
+    kept = {"metrics.jsonl", "params", "reference_logps.npz"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "simpo"])
+def test_packing_changes_no_training(tiny_training, tmp_path, loss):
+    """Every update's metrics are those of a trajectory in each row, whatever is learned."""
+    training, agent = tiny_training
+    c = training.config
+    pairs = some_pairs(6, 32)
+    pairs += [PairSequences(pairs[i].rejected, pairs[i].chosen) for i in (0, 3)]  # seen twice
+    examples = Examples(pairs, [0, 1, 2, 3, 4, 5, 0, 3], 0)
+    before = c.to_dict()
+    logs = []
+    try:
+        c.train.preference_loss = loss
+        c.train.chosen_sft_weight = 0.5
+        for packing in ("tree", "none"):
+            c.batches.packing = packing
+            directory = tmp_path / packing
+            directory.mkdir()
+            options = dict(steps=3, seed=0, source="pairs")
+            facts = Training(c).fit_preference(
+                directory, "x", agent, *agent.init(seed=0), examples, **options
+            )
+            assert (facts["sharing"] > 1) == (packing == "tree")
+            logs.append([json.loads(s) for s in (directory / "metrics.jsonl").open()])
+    finally:
+        c.update(before)
+    for one, other in zip(*logs, strict=True):
+        assert one == pytest.approx(other, rel=2e-4, abs=1e-5)
+    assert (tmp_path / "tree/reference_logps.npz").exists() == (loss != "simpo")
 
 
 @pytest.mark.parametrize(("too_long", "says"), [(0, "no example"), (7, "all 7 examples")])
@@ -270,12 +305,12 @@ def test_a_stage_without_examples_names_itself_and_its_source(
     tiny_training, tmp_path, too_long, says
 ):
     training, agent = tiny_training
-    common = dict(seed=0, source="the target tree_dpo", too_long=too_long, steps=2)
-    nothing = (tmp_path, "training, x", agent, None, None, [])
+    common = dict(seed=0, source="the target tree_dpo", steps=2)
+    nothing = (tmp_path, "training, x", agent, None, None, Examples([], [], too_long))
     with pytest.raises(ValueError) as preference:
         training.fit_preference(*nothing, **common)
     with pytest.raises(ValueError) as sft:
-        training.fit_sft(*nothing, learning_rate=1e-3, rows=1, **common)
+        training.fit_sft(*nothing, learning_rate=1e-3, per_batch=1, **common)
     for caught in (preference, sft):
         for text in ("stage training, x", "the target tree_dpo", says):
             assert text in str(caught.value)

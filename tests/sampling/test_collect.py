@@ -12,6 +12,7 @@ import pytest
 
 from w2sjax.chat import MALFORMED_OBSERVATION, ChatTemplate, train_bpe
 from w2sjax.envs import EnvFailure, Outcome, Reset
+from w2sjax.losses import score_from_logits
 from w2sjax.models import ModelConfig, init_params, make_policy
 from w2sjax.sampling import (
     EpisodeRequest,
@@ -294,7 +295,8 @@ def _speaker():
         token = jnp.take_along_axis(tokens, at, axis=1)[:, 0]
         return 2 * jnp.tanh(logits) + bias[token], cache
 
-    policy = Policy(apply_fn, inner.init_cache, decode_fn, inner.resize_cache)
+    score_fn = score_from_logits(apply_fn)
+    policy = Policy(apply_fn, score_fn, inner.init_cache, decode_fn, inner.resize_cache)
     return policy, init_params(config, jax.random.key(1))
 
 

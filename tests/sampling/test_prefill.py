@@ -37,7 +37,11 @@ def _slots_last():
         return logits, move(cache, 0, -1)
 
     return Policy(
-        inner.apply_fn, lambda *shape: move(inner.init_cache(*shape), 0, -1), decode_fn, None
+        inner.apply_fn,
+        inner.score_fn,
+        lambda *shape: move(inner.init_cache(*shape), 0, -1),
+        decode_fn,
+        None,
     )
 
 

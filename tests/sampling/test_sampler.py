@@ -26,6 +26,7 @@ class HashPolicy:
         self.bonus = jnp.zeros(VOCAB) if bonus is None else bonus
         self.policy = Policy(
             lambda params, tokens: tokens,
+            lambda params, batch: batch.tokens,
             lambda slots, length: jnp.zeros((slots, length), jnp.int32),
             self.decode,
             self.resize if resizable else None,

@@ -19,7 +19,7 @@ from w2sjax.train import TrainingInterrupted, fit, init_state, make_train_step
 
 @pytest.fixture(scope="module")
 def train_step():
-    return make_train_step(tiny_lm.apply_fn, sft_loss, tiny_lm.make_tx())
+    return make_train_step(tiny_lm.score_fn, sft_loss, tiny_lm.make_tx())
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from jax.sharding import PartitionSpec
 
 from w2sjax.batches import Sequence, sft_batches
 from w2sjax.checkpoints import TrainCheckpoints, load_metadata, load_params, save_params
-from w2sjax.losses import sft_loss
+from w2sjax.losses import score_from_logits, sft_loss
 from w2sjax.parallel import make_mesh, param_shardings, start_processes
 from w2sjax.train import (
     TrainingInterrupted,
@@ -69,6 +69,9 @@ def apply_fn(params, tokens, *, positions, subtree_end):
     return (hidden + embedded) @ params["out"]["kernel"]
 
 
+score_fn = score_from_logits(apply_fn)
+
+
 def init_params(seed=0):
     rng = np.random.default_rng(seed)
 
@@ -94,7 +97,7 @@ def make_sequences(count, seed=0):
 
 
 def make_loader(**options):
-    options = {"rows_per_batch": 4, "row_length": ROW_LENGTH, "seed": 1} | options
+    options = {"sequences_per_batch": 12, "total_steps": 30, "seed": 1, "num_shapes": 1} | options
     return sft_batches(make_sequences(30), **options)
 
 
@@ -123,7 +126,7 @@ def run(workdir, *, train_step=None, total_steps=12, on_step=None, mesh=None, **
     shardings = None if mesh is None else param_shardings(init_params(), RULES, mesh)
     return fit(
         init_state(init_params(), tx, mesh=mesh, param_shardings=shardings),
-        train_step or make_train_step(apply_fn, sft_loss, tx, mesh=mesh),
+        train_step or make_train_step(score_fn, sft_loss, tx, mesh=mesh),
         options.pop("loader", None) or make_loader(),
         total_steps=total_steps,
         checkpoint_dir=workdir / "checkpoints",
@@ -144,7 +147,7 @@ def digest(tree):
 
 
 def _run_program(pause, workdirs):
-    step = make_train_step(apply_fn, sft_loss, make_tx(30))
+    step = make_train_step(score_fn, sft_loss, make_tx(30))
     for workdir in workdirs:
         result = _run_or_exit(pause, workdir, train_step=step)
         (pathlib.Path(workdir) / "final").write_text(f"{result.start_step} {digest(result.state)}")
@@ -168,10 +171,10 @@ def _join_program(address, count, process, pause, workdir):
     if address:
         assert start_processes(address, count, process) == count
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    loader = make_loader(rows_per_batch=16, micro_batches=2)
-    step = make_train_step(apply_fn, sft_loss, make_tx(30), mesh=mesh, accumulate=2)
+    loader = make_loader(sequences_per_batch=32, num_rows=4, micro_batches=2)
+    step = make_train_step(score_fn, sft_loss, make_tx(30), mesh=mesh, accumulate=2)
     result = _run_or_exit(pause, workdir, train_step=step, mesh=mesh, loader=loader)
-    scorer = make_sequence_scorer(apply_fn, rows_per_batch=8, row_length=ROW_LENGTH, mesh=mesh)
+    scorer = make_sequence_scorer(score_fn, rows_per_batch=8, row_length=ROW_LENGTH, mesh=mesh)
     scores = scorer(result.state.params, make_sequences(20))
     print(result.start_step, *(f"{score:.9g}" for score in scores))
 
@@ -180,11 +183,11 @@ def _mesh_program():
     mesh = make_mesh(data=1, fsdp=2, tensor=2)
     shardings = param_shardings(init_params(), RULES, mesh)
     tx = make_tx()
-    loader = make_loader(rows_per_batch=8, micro_batches=2)
+    loader = make_loader(num_rows=2, micro_batches=2)
     losses = []
     for options, sharded in (({}, {}), ({"mesh": mesh}, {"param_shardings": shardings})):
         state = init_state(init_params(), tx, **options, **sharded)
-        step = make_train_step(apply_fn, sft_loss, tx, accumulate=2, **options)
+        step = make_train_step(score_fn, sft_loss, tx, accumulate=2, **options)
         metrics = []
         for number in range(2):
             loaded = loader.batch(number)
@@ -200,7 +203,7 @@ def _mesh_program():
 
 def _bucket_program(workdir):
     bucket.open_bucket()
-    step = make_train_step(apply_fn, sft_loss, make_tx())
+    step = make_train_step(score_fn, sft_loss, make_tx())
     whole = run(workdir, train_step=step)
     there = epath.Path("gs://bucket/deep/run")
 
@@ -231,7 +234,7 @@ def _remesh_program(workdir):
             raise KeyboardInterrupt
 
     def go(name, mesh, **options):
-        loader = make_loader(rows_per_batch=8)
+        loader = make_loader(sequences_per_batch=16, num_rows=8)
         return run(workdir / name, mesh=mesh, loader=loader, log_every=1, **options)
 
     data = make_mesh(data=8)
