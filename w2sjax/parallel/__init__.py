@@ -1,6 +1,6 @@
 """Device meshes, rules that split parameters over them, and processes. Knows no model."""
 
-from w2sjax.parallel.hosts import across_processes, start_processes
+from w2sjax.parallel.hosts import across_processes, local_mesh, start_processes
 from w2sjax.parallel.mesh import AXES, batch_sharding, make_mesh, mesh_sizes, replicated
 from w2sjax.parallel.rules import (
     Rules,
@@ -17,6 +17,7 @@ __all__ = [
     "across_processes",
     "batch_sharding",
     "init_sharded",
+    "local_mesh",
     "make_mesh",
     "match_spec",
     "mesh_sizes",

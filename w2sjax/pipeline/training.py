@@ -5,14 +5,13 @@ reports what it left out.
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from w2sjax import batches, losses, models, parallel, train
 from w2sjax.chat import ChatTemplate
@@ -35,7 +34,7 @@ class Training:
 
     def fit_sft(
         self,
-        directory: Path,
+        directory: epath.Path,
         title: str,
         agent: Agent,
         policy: Policy,
@@ -70,7 +69,7 @@ class Training:
 
     def fit_preference(
         self,
-        directory: Path,
+        directory: epath.Path,
         title: str,
         agent: Agent,
         policy: Policy,
@@ -170,7 +169,7 @@ class Training:
             )
         agent.save(directory, train.averaged_params(result.state))
         if jax.process_index() == 0:
-            shutil.rmtree(directory / _STATES)
+            (directory / _STATES).rmtree()
 
 
 def to_sequences(
