@@ -35,7 +35,7 @@ def default_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.name = "unnamed"  # names the default workdir, runs/<name>
     c.seed = 0  # of everything after pretraining; runs of several seeds share the pretrained models
-    c.cache_dir = ""  # pretrained models and compiled programs; "" is the user's cache folder
+    c.cache_dir = ""  # of pretrained models and programs; "": the user's folder, or the bucket
     c.methods = METHODS  # which rows of the table run
 
     c.env = ml_collections.ConfigDict()
