@@ -226,7 +226,7 @@ class Episodes:
             return share
         if len(starts) < processes.count:
             report.CONSOLE.print(
-                f"  {title}: {len(starts)} blocks of {size} for {processes.count} processes",
+                f"  {title}: {len(starts)} of {processes.count} processes have a block of {size}",
                 markup=False,
             )
         own = starts[processes.index :: processes.count]

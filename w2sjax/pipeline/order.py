@@ -89,10 +89,10 @@ def run(
         with contextlib.closing(Episodes(config, processes)) as episodes:
             return _Run(config, settings, workdir, cache, processes, episodes).all_stages()
     except USER_ERRORS as error:
+        told = processes.told(error)
         number = processes.index
         log = workdir / (f"error.{number}.log" if number else "error.log")
         log.write_text(traceback.format_exc())
-        told = processes.told(error)
         told.add_note(f"The whole story is in {log}")
         if told is not error:
             raise told from error

@@ -7,6 +7,7 @@ use a collective.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -79,7 +80,8 @@ class Processes:
         """Lets the other processes know that this one ends; the first failure is the one told."""
         if self.count > 1 and self._failure() is None:
             record = {"job": self.job, "process": self.index, "stage": self.stage}
-            write_json(self._failed, record | {"error": f"{type(error).__name__}: {error}"})
+            with contextlib.suppress(OSError):  # nor can it be told then
+                write_json(self._failed, record | {"error": f"{type(error).__name__}: {error}"})
 
     def _failure(self) -> dict | None:
         try:
