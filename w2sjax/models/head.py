@@ -86,15 +86,21 @@ def _backward(softcap, kept, cotangent):
 _token_logps.defvjp(_forward, _backward)
 
 
+def chunk_size(num_tokens: int, vocab_size: int) -> int:
+    """How many tokens' logits exist at once: an eighth of what a device has, in bounds."""
+    size = min(1024, max(128, -(-num_tokens // 8 // 128) * 128), num_tokens)
+    while size > 128 and size * vocab_size > _MOST_LOGITS:
+        size //= 2
+    return size
+
+
 class _Chunks:
     """The learned tokens of some rows, in chunks of which only those in use are computed."""
 
     def __init__(self, table, tokens, predecessor, learned):
         rows, length = tokens.shape
         self.total = rows * length
-        self.size = min(1024, max(128, -(-self.total // 8 // 128) * 128), self.total)
-        while self.size > 128 and self.size * table.shape[0] > _MOST_LOGITS:
-            self.size //= 2
+        self.size = chunk_size(self.total, table.shape[0])
         self.number = -(-jnp.sum(learned) // self.size)
         room = -(-self.total // self.size) * self.size
         self._index = jnp.nonzero(learned.ravel(), size=room, fill_value=self.total)[0]

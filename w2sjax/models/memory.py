@@ -25,11 +25,13 @@ compute dtype. `A` counts norms of a block (2, or 4 with `post_norms`).
     block         T·(kept under `none`), what one block has at once when it is computed again, and
                   c·(a block's parameters), gathered over fsdp; twice that where they train, for
                   their gradient
-    logits        8·T·V, the logits and their gradient in float32; below float32 c·T·V more, and
+    logits        8·C·V, a chunk's logits and their gradient in float32 (C tokens, see
+                  `head.chunk_size`), below float32 c·C·V more; 4·T·D, the gradient of the stream;
+                  8·V·D, the output layer's gradient and a chunk's part of it, where it trains;
                   c·V·D where the head is gathered or cast
 
     training      parameters + optimizer + the largest of
-                    activations + logits                   end of the forward pass
+                    activations + logits                   output layer, end of the forward pass
                     activations + gradients + block        backward pass through the layers
                     2·gradients                            the sum and the mean, for their norm
 
@@ -59,6 +61,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from w2sjax.models import attention
 from w2sjax.models.config import PROJECTIONS, ModelConfig
+from w2sjax.models.head import chunk_size
 from w2sjax.models.policy import abstract_params
 from w2sjax.models.transformer import PARTITION_RULES
 from w2sjax.parallel import AXES, param_shardings
@@ -286,7 +289,10 @@ def _block(config: ModelConfig, tokens: int, row_length: int, mesh: Mapping[str,
 def _logits(config: ModelConfig, tokens: int, mesh: Mapping[str, int]) -> int:
     c, stored = _itemsizes(config)
     vocab = config.vocab_size // mesh["tensor"]
-    found = (8 + (c if c < 4 else 0)) * tokens * vocab
+    found = (8 + (c if c < 4 else 0)) * chunk_size(tokens, vocab) * vocab
+    found += 4 * tokens * config.width
+    if config.lora is None:
+        found += 8 * vocab * config.width
     if mesh["fsdp"] > 1 or c != stored:
         found += c * vocab * config.width
     return found
