@@ -197,7 +197,7 @@ def test_the_plan_follows_the_mesh():
     assert fsdp.activations == one.activations / 8
     tensor = plan(mesh=ONE | {"tensor": 8}, rows=16)
     assert tensor.parameters == fsdp.parameters
-    assert tensor.cache == one.cache / 8 and tensor.logits < one.logits / 4
+    assert tensor.cache == one.cache / 8 and tensor.logits < one.logits / 3
     assert one.activations == tensor.activations  # only what is between two blocks, whole
 
 
