@@ -213,7 +213,7 @@ class Training:
             )
         agent.save(directory, train.averaged_params(result.state))
         if jax.process_index() == 0:
-            (directory / _STATES).rmtree()
+            epath.Path(directory / _STATES).rmtree()
 
 
 def to_sequences(
