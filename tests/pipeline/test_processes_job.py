@@ -53,7 +53,7 @@ def start(environment, workdir, *flags, devices=4, methods="('weak','sft_all')")
 
 
 def wait_until(happens, *programs):
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 300
     while not happens():
         for program in programs:
             assert program.poll() is None, program.stderr.read()
