@@ -77,7 +77,7 @@ def test_preference_pairs_count_with_both_sides():
     with_pairs = pipeline.plan(config, num_devices=1)["strong"]
     config.methods = ("weak", "strong", "sft_all")
     without = pipeline.plan(config, num_devices=1)["strong"]
-    assert with_pairs.logits > 10 * without.logits
+    assert with_pairs.activations > 10 * without.activations
     assert with_pairs.parameters == without.parameters
 
 
