@@ -5,8 +5,8 @@
     python launch.py --config=configs/household.py:dev     # on the dev split, to choose settings
 
 Hardware: 2 CPU cores, 4 GB. Time: 7 min of pretraining once, then 7.5 min a run.
-Result (3 seeds, test split, actions sampled): success .178 for the weak policy, .608 for
-sft_success, .688 for mcts_tree_dpo, .918 for the ceiling; README.md has the whole table.
+Result (3 seeds, test split, actions sampled): success .189 for the weak policy, .644 for
+sft_success, .701 for mcts_tree_dpo, .928 for the ceiling; README.md has the whole table.
 """
 
 from w2sjax.config import default_config
