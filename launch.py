@@ -23,7 +23,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/, with an argument: file.py:arg."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where all results go; runs/<config.name> by default."
+    "workdir", None, "Where all results go, a bucket (gs://...) too; runs/<config.name> by default."
 )
 _START_OVER = flags.DEFINE_bool(
     "start_over", False, "Delete what another config left in the workdir."

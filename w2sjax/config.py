@@ -35,7 +35,7 @@ def default_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.name = "unnamed"  # names the default workdir, runs/<name>
     c.seed = 0  # of everything after pretraining; runs of several seeds share the pretrained models
-    c.cache_dir = ""  # pretrained models and compiled programs; "" is the user's cache folder
+    c.cache_dir = ""  # of pretrained models and programs; "": the user's folder, or the bucket
     c.methods = METHODS  # which rows of the table run
 
     c.env = ml_collections.ConfigDict()
@@ -62,7 +62,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.models.param_dtype = "float32"  # or "bfloat16"; adapters are float32 either way
     c.models.compute_dtype = "auto"  # "float32", "bfloat16"; auto: float32 on CPU, else bfloat16
     c.models.remat = "none"  # what backward passes compute again; see w2sjax.models.ModelConfig
-    c.models.attention = "auto"  # or "xla", "cudnn", "splash"
+    c.models.attention = "auto"  # or "xla", "tree", "pallas", "cudnn", "splash"; see ModelConfig
     c.models.lora_rank = 0  # trains adapters of this rank beside a frozen model; 0 trains all of it
     c.models.lora_alpha = 16.0  # adapters are multiplied by alpha / rank
     c.models.lora_dropout = 0.0
@@ -123,7 +123,7 @@ def default_config() -> ml_collections.ConfigDict:
     # "tree": what trajectories of a batch have in common is computed once; "none": every trajectory
     # in a row of its own, with the same losses, for comparison and debugging
     c.batches.packing = "tree"
-    c.batches.shapes = 2  # row lengths that a training may use, a program to compile for each
+    c.batches.shapes = 3  # row lengths that a training may use, a program to compile for each
 
     # one budget for every method: optimizer steps at equal batch
     c.train = ml_collections.ConfigDict()
@@ -131,7 +131,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.train.preference_steps = 120  # of them, for dpo, tree_dpo and mcts_tree_dpo
     c.train.learning_rate = 1e-3
     c.train.preference_learning_rate = 5e-5
-    c.train.trajectories = 4  # per batch
+    c.train.trajectories = 8  # per batch
     c.train.accumulate = 1  # micro-batches that a batch is cut into
     c.train.pairs = 8  # pairs per preference batch
     c.train.preference_loss = "sigmoid"  # DPO's; or "ipo", "simpo" (which has no reference)

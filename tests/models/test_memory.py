@@ -204,7 +204,7 @@ def test_the_plan_follows_the_mesh():
     data = plan(mesh=ONE | {"data": 8}, rows=16)
     assert (data.parameters, data.optimizer) == (one.parameters, one.optimizer)
     assert data.activations == one.activations / 8
-    assert data.logits == one.logits  # of a chunk, which is no smaller
+    assert data.logits < one.logits  # of a chunk, which is no smaller, and the stream's gradient
     assert data.cache == one.cache
     fsdp = plan(mesh=ONE | {"fsdp": 8}, rows=16)
     assert one.parameters / 8 < fsdp.parameters < one.parameters / 7
@@ -212,7 +212,7 @@ def test_the_plan_follows_the_mesh():
     assert fsdp.activations == one.activations / 8
     tensor = plan(mesh=ONE | {"tensor": 8}, rows=16)
     assert tensor.parameters == fsdp.parameters
-    assert (tensor.cache, tensor.logits) == (one.cache / 8, one.logits / 8)
+    assert tensor.cache == one.cache / 8 and tensor.logits < one.logits / 3
     assert one.activations == tensor.activations  # only what is between two blocks, whole
 
 

@@ -1,13 +1,19 @@
-"""Files of episodes are filled block by block, and go on where they were cut off."""
+"""Episodes are made block by block, by however many processes, and go on where they were cut off.
 
+Here the processes take turns; tests/pipeline/test_processes_job.py runs real ones.
+"""
+
+import itertools
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+from etils import epath
 
 from w2sjax.config import default_config
 from w2sjax.envs import PlayRequest
 from w2sjax.pipeline import episodes as pipeline_episodes
-from w2sjax.pipeline.episodes import Episodes
+from w2sjax.pipeline.episodes import EPISODES, Episodes, join_episodes
 from w2sjax.sampling import read_trajectories
 from w2sjax.types import Status, Step, Trajectory
 
@@ -23,6 +29,7 @@ class Asked(NamedTuple):
 TASKS = ("a", "a", "b", "a", "b", "c", "a", "c")
 NUMBERS = (0, 1, 0, 2, 1, 0, 3, 1)  # how many times the task came before
 BLOCK = 3
+STARTS = (0, 3, 6)
 
 
 class Maker:
@@ -32,98 +39,172 @@ class Maker:
         self.starts = []
         self.fail_at = fail_at
 
-    def __call__(self, block, done):
-        if done == self.fail_at:
+    def __call__(self, start, progress):
+        if start == self.fail_at:
             raise ConnectionError("cut off")
-        self.starts.append(done)
-        assert [r.task_id for r in block] == list(TASKS[done : done + BLOCK])
+        self.starts.append(start)
+        block = zip(TASKS[start : start + BLOCK], NUMBERS[start : start + BLOCK], strict=True)
         made = [
             Trajectory(
-                task_id=request.task_id,
+                task_id=task,
                 rollout=number,
                 env="e",
                 policy="p",
-                seed=done,
+                seed=start,
                 instruction="",
-                first_observation=f"{request.task_id}, {number}",
+                first_observation=f"{task}, {number}",
                 steps=(Step("Action: x", "x", "seen"),),
                 status=Status.FAILED,
                 score=0.0,
             )
-            for request, number in zip(block, NUMBERS[done : done + BLOCK], strict=True)
+            for task, number in block
         ]
+        progress(len(made), "")
         return made[::-1]
 
 
-def in_blocks(path, make):
-    return pipeline_episodes._in_blocks(path, [Asked(task) for task in TASKS], BLOCK, make)
+def process(index, count, check=lambda: None):
+    return SimpleNamespace(index=index, count=count, check=check)
+
+
+def in_blocks(directory, make, one=None):
+    """One process's share of the stage."""
+    episodes = Episodes(default_config(), one or process(0, 1))
+    requests = [Asked(task) for task in TASKS]
+    return episodes._in_blocks(epath.Path(directory), "title", requests, BLOCK, make)
+
+
+def by_all(directory, make, count=1):
+    """The whole stage by so many processes, the last one first; returns the facts."""
+    shares = [in_blocks(directory, make, process(i, count)) for i in reversed(range(count))]
+    return join_episodes(epath.Path(directory), shares)
+
+
+def block_file(directory, start):
+    return directory / f"episodes.{start // BLOCK:06d}.jsonl"
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    path = tmp_path_factory.mktemp("whole") / "episodes.jsonl"
+    """(the file of a stage that one process made, its blocks)."""
+    directory = tmp_path_factory.mktemp("whole")
     make = Maker()
-    episodes = in_blocks(path, make)
-    assert make.starts == [0, 3, 6]
+    share = in_blocks(directory, make)
+    assert make.starts == list(STARTS)
+    blocks = [block_file(directory, start).read_bytes() for start in STARTS]
+    facts = join_episodes(epath.Path(directory), [share])
+    assert (facts["episodes"], facts["statuses"]) == (8, {"failed": 8})
+    assert [path.name for path in directory.iterdir()] == [EPISODES]
+    episodes = read_trajectories(directory / EPISODES)
     assert [(t.task_id, t.rollout) for t in episodes] == list(zip(TASKS, NUMBERS, strict=True))
-    assert read_trajectories(path) == episodes
-    return path.read_bytes()
+    return (directory / EPISODES).read_bytes(), blocks
 
 
-@pytest.mark.parametrize("torn", [False, True])
-@pytest.mark.parametrize("lines", range(len(TASKS) + 1))
-def test_whole_blocks_stay_and_a_partial_one_is_repeated(uninterrupted, tmp_path, lines, torn):
-    path = tmp_path / "episodes.jsonl"
-    written = uninterrupted.splitlines(keepends=True)
-    rest = written[lines][:40] if torn and lines < len(TASKS) else b""
-    path.write_bytes(b"".join(written[:lines]) + rest)
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("there", list(itertools.product((True, False), repeat=3)))
+def test_blocks_that_are_there_stay_with_however_many_processes(
+    uninterrupted, tmp_path, there, count
+):
+    whole, blocks = uninterrupted
+    for start, block, kept in zip(STARTS, blocks, there, strict=True):
+        if kept:
+            block_file(tmp_path, start).write_bytes(block)
     make = Maker()
-    episodes = in_blocks(path, make)
-    done = lines == len(TASKS)
-    assert make.starts == ([] if done else list(range(lines // BLOCK * BLOCK, len(TASKS), BLOCK)))
-    assert path.read_bytes() == uninterrupted
-    assert read_trajectories(path) == episodes
-    assert [p.name for p in tmp_path.iterdir()] == ["episodes.jsonl"]
+    by_all(tmp_path, make, count)
+    assert sorted(make.starts) == [
+        start for start, kept in zip(STARTS, there, strict=True) if not kept
+    ]
+    assert (tmp_path / EPISODES).read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == [EPISODES]
+
+
+def test_each_process_makes_its_own_blocks(tmp_path):
+    made = []
+    for index in range(2):
+        make = Maker()
+        in_blocks(tmp_path, make, process(index, 2))
+        made.append(make.starts)
+    assert made == [[0, 6], [3]]
+
+
+@pytest.mark.parametrize("kept", ["torn", "none", "another"])
+def test_a_damaged_block_is_repeated(uninterrupted, tmp_path, kept):
+    whole, blocks = uninterrupted
+    damaged = {"torn": blocks[1][:-20], "none": b"", "another": blocks[0]}[kept]
+    for start, block in zip(STARTS, (blocks[0], damaged, blocks[2]), strict=True):
+        block_file(tmp_path, start).write_bytes(block)
+    make = Maker()
+    by_all(tmp_path, make)
+    assert make.starts == [3] and (tmp_path / EPISODES).read_bytes() == whole
 
 
 def test_a_block_that_breaks_costs_only_itself(uninterrupted, tmp_path):
-    path = tmp_path / "episodes.jsonl"
     with pytest.raises(ConnectionError):
-        in_blocks(path, Maker(fail_at=3))
-    assert len(read_trajectories(path)) == BLOCK
+        in_blocks(tmp_path, Maker(fail_at=3))
     make = Maker()
-    in_blocks(path, make)
-    assert make.starts == [3, 6] and path.read_bytes() == uninterrupted
+    by_all(tmp_path, make)
+    assert make.starts == [3, 6] and (tmp_path / EPISODES).read_bytes() == uninterrupted[0]
 
 
-def test_played_rollouts_are_numbered_across_blocks(tmp_path, monkeypatch):
+@pytest.mark.parametrize("blocks_left", range(4))
+def test_joined_blocks_are_not_made_again(uninterrupted, tmp_path, blocks_left):
+    """Cut off while the blocks, just joined, were being deleted."""
+    whole, blocks = uninterrupted
+    (tmp_path / EPISODES).write_bytes(whole)
+    for start, block in list(zip(STARTS, blocks, strict=True))[3 - blocks_left :]:
+        block_file(tmp_path, start).write_bytes(block)
+    make = Maker()
+    by_all(tmp_path, make, 2)
+    assert make.starts == [] and (tmp_path / EPISODES).read_bytes() == whole
+    assert [path.name for path in tmp_path.iterdir()] == [EPISODES]
+
+
+def test_another_process_that_failed_is_noticed_before_the_next_block(tmp_path):
+    make = Maker()
+
+    def check():
+        if make.starts:
+            raise RuntimeError("process 1 failed")
+
+    with pytest.raises(RuntimeError, match="process 1 failed"):
+        in_blocks(tmp_path, make, process(0, 2, check))
+    assert make.starts == [0]
+
+
+def test_played_episodes_do_not_depend_on_blocks_and_processes(tmp_path, monkeypatch):
     """Copies of a task in several blocks, whole and cut off, give the file of one large block."""
     c = default_config()
     c.env.options.update(HOUSEHOLD)
-    players = Episodes(c)
 
-    def play(name, block, written=None):
+    def play(name, block, count=1, written=None):
         monkeypatch.setattr(pipeline_episodes, "_PLAYED_BLOCK", block)
-        directory = tmp_path / name
+        directory = epath.Path(tmp_path / name)
         directory.mkdir()
         if written is not None:
-            (directory / "episodes.jsonl").write_bytes(written)
-        with players.pool(slots=1) as pool:
-            x, y, z = pool.task_ids("train", 3)
-            requests = [
-                PlayRequest(task, 0.3, seed=seed)
-                for seed, task in enumerate([x, x, x, y, z, y, x, z])
-            ]
-            facts = players.play(directory, pool, requests, policy_name="player")
+            (directory / "episodes.000000.jsonl").write_bytes(written)
+        shares = []
+        for index in range(count):
+            players = Episodes(c, process(index, count))
+            with players.pool(slots=1) as pool:
+                x, y, z = pool.task_ids("train", 3)
+                requests = [
+                    PlayRequest(task, 0.3, seed=seed)
+                    for seed, task in enumerate([x, x, x, y, z, y, x, z])
+                ]
+                shares.append(players.play(directory, pool, requests, policy_name="player"))
+            players.close()
+        facts = join_episodes(directory, shares)
         assert (facts["episodes"], facts["unscored"]) == (8, 0)
-        return directory / "episodes.jsonl", requests
+        return directory / EPISODES, requests, facts
 
-    path, requests = play("one_block", 256)
+    path, requests, facts = play("one_block", 256)
     whole = path.read_bytes()
     episodes = read_trajectories(path)
     assert [t.task_id for t in episodes] == [r.task_id for r in requests]
     assert [t.seed for t in episodes] == list(range(8))
     assert [t.rollout for t in episodes] == [0, 1, 2, 0, 0, 1, 3, 1]
     assert play("blocks", 2)[0].read_bytes() == whole
-    cut = b"".join(whole.splitlines(keepends=True)[:5]) + b'{"format": 1, "task'
-    assert play("cut", 2, cut)[0].read_bytes() == whole
+    three, _, same = play("three", 2, count=3)
+    assert three.read_bytes() == whole and same == facts
+    cut = b"".join(whole.splitlines(keepends=True)[:2]) + b'{"format": 1, "task'
+    assert play("cut", 3, count=2, written=cut)[0].read_bytes() == whole

@@ -1,6 +1,8 @@
 """launch.py with several processes, and told to end: as its users start it, on a tiny config."""
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,23 +12,27 @@ from pathlib import Path
 
 import pytest
 
-from w2sjax.pipeline.manifests import read_json
+from w2sjax.pipeline.storage import read_json, write_json
+from w2sjax.sampling import read_trajectories
 
 ROOT = Path(__file__).parents[2]
 TINY = (
     "--config=configs/household.py:smoke",
-    "--config.methods=('weak','sft_all')",
+    "--config.evaluate.modes=('sampled',)",
     "--config.pretrain.tasks=60",
     "--config.pretrain.weak_steps=30",
-    "--config.pretrain.strong_steps=30",
+    "--config.pretrain.strong_steps=5",
     "--config.weak.steps=5",
     "--config.train.steps=5",
+    "--config.rollouts.per_task=2",
+    "--config.sampler.slots=8",
+    "--config.sampler.block=8",
 )
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A cache of its own; processes of one device each, which compile fast."""
+    """A cache of its own, and programs that compile fast."""
     return os.environ | {
         "W2SJAX_CACHE": str(tmp_path_factory.mktemp("cache")),
         "JAX_PLATFORMS": "cpu",
@@ -34,27 +40,39 @@ def environment(tmp_path_factory):
     }
 
 
-def start(environment, workdir, *flags):
+def start(environment, workdir, *flags, devices=4, methods="('weak','sft_all')"):
+    flags = (*TINY, f"--config.methods={methods}", f"--workdir={workdir}", *flags)
     return subprocess.Popen(
-        [sys.executable, "launch.py", *TINY, f"--workdir={workdir}", *flags],
+        [sys.executable, "launch.py", *flags],
         cwd=ROOT,
-        env=environment,
+        env=environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run_pair(environment, workdir, *flags):
-    """[(exit status, output, errors)] of two processes that share a job."""
+def wait_until(happens, *programs):
+    deadline = time.monotonic() + 300
+    while not happens():
+        for program in programs:
+            assert program.poll() is None, program.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def run_pair(environment, workdir, *flags, meanwhile=lambda *pair: None):
+    """[(exit status, output, errors)] of two processes of 2 devices each that share a job."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"--coordinator_address=127.0.0.1:{probe.getsockname()[1]}"
+    flags += (address, "--num_processes=2")
     pair = [
-        start(environment, workdir, *flags, address, "--num_processes=2", f"--process_id={process}")
+        start(environment, workdir, *flags, f"--process_id={process}", devices=2)
         for process in range(2)
     ]
     try:
+        meanwhile(*pair)
         outputs = [program.communicate(timeout=300) for program in pair]
     finally:
         for program in pair:
@@ -62,23 +80,40 @@ def run_pair(environment, workdir, *flags):
     return [(program.returncode, *output) for program, output in zip(pair, outputs, strict=True)]
 
 
-def test_told_to_end_it_saves_and_says_so_and_two_processes_make_it_all(environment, tmp_path):
-    """SIGTERM to a single process; then two of them, whose mesh is another, make all stages.
+def test_processes_cut_off_and_resumed_in_other_numbers_make_one_job(environment, tmp_path):
+    """One process, told to end; two, of which one breaks; two again; and one beside them.
 
-    Only the first one reports. With another config both end, and say why.
+    Devices are four all the time, so each goes on where the others were. Only the first process
+    reports. With another config both end, and say why.
     """
     workdir = tmp_path / "run"
     program = start(environment, workdir)
     cache = Path(environment["W2SJAX_CACHE"])
-    deadline = time.monotonic() + 200
-    while not any(path.stat().st_size for path in cache.glob("pretrained*.partial/metrics.jsonl")):
-        assert program.poll() is None, program.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(
+        lambda: any(p.stat().st_size for p in cache.glob("pretrained*.partial/metrics.jsonl")),
+        program,
+    )
     program.send_signal(signal.SIGTERM)
     _, errors = program.communicate(timeout=100)
     assert program.returncode == 143, errors
     assert "SIGTERM stopped training after update" in errors and "Traceback" not in errors
+
+    # The second process cannot write its block.
+    blocks = workdir / "rollouts.partial"
+    in_the_way = blocks / "episodes.000001.jsonl.tmp"
+
+    def put_in_the_way(*pair):
+        wait_until((blocks / "key.json").exists, *pair)
+        in_the_way.mkdir()
+
+    first, second = run_pair(environment, workdir, meanwhile=put_in_the_way)
+    assert (first[0], second[0]) == (1, 1), first[2] + second[2]
+    assert "error: process 1 failed in stage rollouts: IsADirectoryError" in first[2]
+    assert f"error: [Errno 21] Is a directory: '{in_the_way}'" in second[2]
+    assert "Traceback" not in first[2] + second[2]
+    in_the_way.rmdir()
+    kept = [read_trajectories(path) for path in sorted(blocks.glob("episodes.*.jsonl"))]
+    assert len(kept) in (1, 2) and not (blocks / "episodes.000001.jsonl").exists()
 
     first, second = run_pair(environment, workdir)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
@@ -86,21 +121,34 @@ def test_told_to_end_it_saves_and_says_so_and_two_processes_make_it_all(environm
     assert set(record["methods"]) == {"weak", "sft_all"}
     assert "seconds per stage" in first[1] and "seconds per stage" not in second[1]
     assert "training, sft_all" in first[1] and "training, sft_all" not in second[1]
-    assert not list(workdir.rglob("*.partial"))
-    assert not list(workdir.rglob("states"))
+    assert not list(workdir.rglob("*.partial")) and not list(workdir.rglob("states"))
+    assert not list(workdir.rglob("share.*")) and not (workdir / "failed.json").exists()
     lines = (workdir / "train" / "sft_all" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 5
+    episodes = read_trajectories(workdir / "rollouts" / "episodes.jsonl")
+    assert episodes[:8] == kept[0]
+    facts = read_json(workdir / "rollouts" / "manifest.json")["facts"]
+    assert facts["episodes"] == sum(facts["statuses"].values()) == len(episodes) == 24
+    assert facts["sampling"]["episodes"] == 24 - sum(map(len, kept))  # nothing twice
+
+    # The same weak policy with one process, which makes both blocks: the same episodes.
+    alone = tmp_path / "alone"
+    shutil.copytree(workdir / "weak", alone / "weak")
+    settings = read_json(workdir / "config.json")
+    settings["config"]["methods"] = ["weak"]
+    write_json(alone / "config.json", settings)
+    program = start(environment, alone, methods="('weak',)")
+    printed, errors = program.communicate(timeout=300)
+    assert program.returncode == 0, errors
+    assert re.search(r"^weak +already there$", printed, re.M)
+    for stage in ("demonstrations", "evaluate/weak.sampled"):
+        mine, theirs = (path / stage / "episodes.jsonl" for path in (workdir, alone))
+        assert mine.read_bytes() == theirs.read_bytes(), stage
 
     first, second = run_pair(environment, workdir, "--config.seed=7")
     assert first[0] == second[0] == 1
     assert "config.seed: was 0, now 7" in first[2]
-    assert "process 0 was refused" in second[2]
-
-
-def test_a_cloud_workdir_is_refused(environment):
-    _, errors = start(environment, "gs://bucket/run").communicate(timeout=100)
-    assert "error: --workdir gs://bucket/run is a cloud path" in errors
-    assert not (ROOT / "gs:").exists()
+    assert "process 0 was refused: ValueError" in second[2] and "now 7" in second[2]
 
 
 def test_part_of_the_flags_is_refused(environment, tmp_path):

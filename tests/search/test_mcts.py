@@ -12,6 +12,7 @@ from trie_oracle import Trie
 
 from w2sjax import search, trees
 from w2sjax.search import mcts as mcts_module
+from w2sjax.search import parallel
 
 ROLLOUTS, STEPS, NODES = 7, 6, 43
 
@@ -109,6 +110,32 @@ def test_table_sizes_nested_vmap_and_single_trees_change_nothing(float32_case, m
     run = jax.jit(jax.vmap(jax.vmap(functools.partial(search.run_mcts, num_simulations=100))))
     for x, y in zip(jax.tree.leaves(run(nested)), jax.tree.leaves(result), strict=True):
         np.testing.assert_array_equal(x.reshape(y.shape), y)
+
+
+def test_tables_of_usual_and_of_general_sizes_agree():
+    """Trees beyond the small ones: some branchings of every width, the widest at the root."""
+    keys, lengths, returns, _ = random_sets(6, batch=12, rollouts=24, steps=5, alphabet=2)
+    keys[:, :20, 0] = np.arange(20)
+    lengths, mask = np.maximum(lengths, 1), np.ones_like(lengths, bool)
+
+    @jax.jit
+    @jax.vmap
+    def compress(*sets):
+        return trees.compress_chains(trees.build_tree(*sets[:3], max_nodes=121, mask=sets[3]))
+
+    table = compress(keys, lengths, returns, mask)
+    sizes = [parallel.usual_groups(12, 23), parallel.general_groups(12, 23)]
+    assert all(bool(parallel.fits(table.num_slots, groups)) for groups in sizes)
+    options = dict(num_simulations=40, exploration_weight=1.41, discount=1.0, max_depth=5)
+    usual, general = (
+        jax.jit(functools.partial(parallel.slot_visits, groups=groups, **options))(table, None)
+        for groups in sizes
+    )
+    assert (table.num_slots[:, 0] > 8).all()
+    np.testing.assert_array_equal(usual, general)
+    # Two wide branchings in every tree are more than usual.
+    twice = table.num_slots.at[:, :2].set(24)
+    assert not bool(parallel.fits(twice, sizes[0]))
 
 
 def test_compiled_once_per_shape_and_without_host_callbacks(float32_case):

@@ -111,6 +111,25 @@ def test_grouping_by_sorting_equals_pairwise():
         assert int(a[2]) == int(b[2])
 
 
+@pytest.mark.parametrize("num", [1000, 70_000])
+def test_grouping_many_equals_sorting_in_numpy(num):
+    """Few keys and many, far from and near to each other; above 2**16 ranks need two words."""
+    rng = np.random.default_rng(num)
+    group = jax.jit(build_module._group_by_sorting)
+    for high in (3, 50, 2**31):
+        alive = rng.random(num) < 0.9
+        node = np.where(alive, 5 + rng.integers(0, num, num), -1).astype(np.int32)
+        key = rng.integers(-high, high, num).astype(np.int32)
+        rank, leader, count = group(node, key, alive)
+        pairs = np.stack([node, key], axis=1)[alive]
+        _, first, which = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+        order = np.lexsort((first, pairs[first, 0]))  # groups by (node, first trajectory)
+        wanted = np.argsort(order)[which.reshape(-1)]
+        np.testing.assert_array_equal(np.asarray(rank)[alive], wanted)
+        np.testing.assert_array_equal(np.flatnonzero(leader), np.flatnonzero(alive)[np.sort(first)])
+        assert int(count) == len(first)
+
+
 def test_a_thousand_rollouts_of_256_steps():
     sets = random_sets(1, batch=1, rollouts=1024, steps=256, alphabet=3)
     keys, lengths, returns, mask = sets

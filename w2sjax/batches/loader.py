@@ -306,7 +306,7 @@ def sft_batches(
     micro_batches: int = 1,
     num_rows: int = 1,
     packing: Packing = "tree",
-    num_shapes: int = 2,
+    num_shapes: int = 3,
 ) -> BatchLoader:
     """A loader of sequences, for losses over single tokens.
 
@@ -361,7 +361,7 @@ def preference_batches(
     micro_batches: int = 1,
     num_rows: int = 1,
     packing: Packing = "tree",
-    num_shapes: int = 2,
+    num_shapes: int = 3,
 ) -> BatchLoader:
     """A loader of preference pairs. The paths of a (micro-)batch of P pairs are those of
     `pair_parts`: 0 … P−1 the chosen sides after the parting, P … 2P−1 the rejected ones, 2P … 3P−1

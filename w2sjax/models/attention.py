@@ -15,8 +15,10 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from w2sjax.models import kernels
+from w2sjax.models import kernels, tree_kernels
 from w2sjax.models.tree_attention import attend_tree
+from w2sjax.models.tree_blocks import BlockTable, block_table
+from w2sjax.parallel import row_axes, tensor_axis
 
 _MASKED = -1e30  # finite, so that rows without any visible key stay finite too
 _BLOCK = 192  # least number of queries in a block of `attend_backwards`
@@ -24,7 +26,7 @@ _BLOCK = 192  # least number of queries in a block of `attend_backwards`
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("positions", "cos", "sin", "mask", "subtree_end", "valid"),
+    data_fields=("positions", "cos", "sin", "mask", "subtree_end", "table", "valid"),
     meta_fields=("window", "implementation"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,8 @@ class View:
     cos: chex.Array  # float32 [S, L, E/2]
     sin: chex.Array  # float32 [S, L, E/2]
     mask: chex.Array | None  # bool [S, L, M]; None where no mask is needed
-    subtree_end: chex.Array | None  # int32 [S, L]; None but for attention that reads it
+    subtree_end: chex.Array | None  # int32 [S, L]; None where a mask says who sees whom
+    table: BlockTable | None  # for the implementation "pallas" alone
     valid: chex.Array | None  # bool [S, L], tokens to write into the cache; None without one
     window: int | None  # how many tokens each sees, itself included; None for all
     implementation: str  # what attends, from `resolve`
@@ -51,6 +54,7 @@ def row_view(
     frequencies: Sequence[float],
     window: int | None,
     implementation: str,
+    block: int | None = None,
 ) -> View:
     """Tokens of a row that attend to earlier ones of the same row.
 
@@ -60,6 +64,7 @@ def row_view(
       frequencies: of the rotary pairs, E / 2 of them, in radians per position.
       window: tokens further back than this, by position, are not seen; None for all.
       implementation: what will attend, from `resolve`.
+      block: tokens of a block of "pallas".
 
     Returns:
       A `View`.
@@ -68,14 +73,19 @@ def row_view(
     if ends is None:
         ends = jnp.full(positions.shape, positions.shape[1], jnp.int32)
     cos, sin = _angles(positions, frequencies)
+    seen = dict(mask=None, subtree_end=None, table=None)
     if implementation == "tree":
-        return View(positions, cos, sin, None, ends, None, window, implementation)
-    mask = None
-    if implementation == "xla" or subtree_end is not None:
-        mask = subtree_mask(ends)
+        seen["subtree_end"] = ends
+    elif implementation == "pallas":
+        seen["subtree_end"] = ends
+        seen["table"] = block_table(positions, ends, block=block, window=window)
+    elif implementation == "xla" or subtree_end is not None:
+        seen["mask"] = subtree_mask(ends)
         if window is not None:
-            mask &= positions[:, :, None] - positions[:, None, :] < window
-    return View(positions, cos, sin, mask, None, None, window, implementation)
+            seen["mask"] &= positions[:, :, None] - positions[:, None, :] < window
+    return View(
+        positions, cos, sin, valid=None, window=window, implementation=implementation, **seen
+    )
 
 
 def cache_view(
@@ -103,7 +113,7 @@ def cache_view(
         past = positions[:, :, None] - jnp.arange(cache_length, dtype=jnp.int32)
         mask &= past < window
     cos, sin = _angles(positions, frequencies)
-    return View(positions, cos, sin, mask, None, valid, window, "xla")
+    return View(positions, cos, sin, mask, None, None, valid, window, "xla")
 
 
 def _angles(positions: chex.Array, frequencies: Sequence[float]) -> tuple[chex.Array, chex.Array]:
@@ -195,6 +205,21 @@ def attend_view(
     if view.implementation == "tree":
         tree = dict(window=view.window, **options)
         return attend_tree(query, key, value, view.positions, view.subtree_end, **tree), None
+    if view.implementation == "pallas":
+        split = (row_axes(len(query)) or None, tensor_axis(query.shape[2], key.shape[2]))
+        mixed = tree_kernels.tree_attention(
+            query,
+            key,
+            value,
+            view.positions,
+            view.subtree_end,
+            kind=jax.default_backend(),
+            window=view.window,
+            table=view.table,
+            split=None if jax.sharding.get_abstract_mesh().size <= 1 else split,
+            **options,
+        )
+        return mixed, None
     seen = dict(mask=view.mask, window=view.window)
     if view.implementation == "cudnn":
         return kernels.cudnn(query, key, value, scale=scale, **seen), None
@@ -324,17 +349,18 @@ def resolve(
 ) -> str:
     """Which implementation a name stands for on this backend.
 
-    "auto" is for rows of sequences or trees "tree"; for rows that are one whole sequence each
-    "splash" on TPU and "cudnn" on GPU, where cuDNN can do it.
+    "auto" is, for rows that hold sequences or trees, "pallas" on GPU and TPU and "tree" elsewhere;
+    for rows that are one whole sequence each, "splash" on TPU and "cudnn" on GPU, where cuDNN can
+    do it.
 
     Args:
-      implementation: "auto", "xla", "tree", "cudnn" or "splash".
+      implementation: "auto", "xla", "tree", "pallas", "cudnn" or "splash".
       dtype: what the model computes in.
       softcap: of the scores, or None.
       packed: whether rows hold more than one sequence.
 
     Returns:
-      "xla", "tree", "cudnn" or "splash".
+      One of the names but "auto".
 
     Raises:
       ValueError: the implementation cannot do this or not on this backend, with the reason.
@@ -346,14 +372,14 @@ def resolve(
     elif dtype == jnp.float32:
         cudnn_problem = "computes in bfloat16 alone, and the model in float32"
     if implementation == "auto":
-        if packed:
-            return "tree"
-        by_backend = {"tpu": "splash", "gpu": "tree" if cudnn_problem else "cudnn"}
-        return by_backend.get(backend, "tree")
-    needed = {"cudnn": "gpu", "splash": "tpu"}.get(implementation, backend)
+        trees = "pallas" if backend in ("gpu", "tpu") else "tree"
+        whole = {"tpu": "splash", "gpu": trees if cudnn_problem else "cudnn"}
+        return trees if packed else whole.get(backend, trees)
+    kernels_on = {"cudnn": ("gpu",), "splash": ("tpu",), "pallas": ("gpu", "tpu")}
+    needed = kernels_on.get(implementation, (backend,))
     problem = None
-    if needed != backend:
-        problem = f"needs a {needed.upper()}; this backend is {backend!r}"
+    if backend not in needed:
+        problem = f"needs a {' or '.join(needed).upper()}; this backend is {backend!r}"
     if implementation == "cudnn":
         problem = cudnn_problem or problem
     if problem:

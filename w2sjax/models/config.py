@@ -12,7 +12,7 @@ import jax.numpy as jnp
 _DTYPES = ("auto", "float32", "bfloat16")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
-ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "tree", "cudnn", "splash")
+ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "tree", "pallas", "cudnn", "splash")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,9 @@ class ModelConfig:
       remat: what the backward pass computes again: "none", "full" (each block), "dots" (all but
         matrix products with parameters), "attention" (scores and their sums alone).
       unroll: layers per step of the loop over layers; 1 compiles fastest for deep models.
-      attention: "xla", "cudnn" (GPU), "splash" (TPU), or "auto", which picks by backend.
+      attention: how rows are attended: "xla" (scores of a whole row), "tree" (in tiles of what is
+        visible), "pallas" (the same as a kernel, on GPU and TPU), "cudnn" (GPU), "splash" (TPU), or
+        "auto", which picks by backend.
       lora: adapters; None for a plain model.
       family: Hugging Face's name of the architecture, in which `models.save_hf` writes the model.
     """

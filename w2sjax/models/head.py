@@ -86,10 +86,10 @@ def _backward(softcap, kept, cotangent):
 _token_logps.defvjp(_forward, _backward)
 
 
-def chunk_size(tokens: int, vocabulary: int) -> int:
-    """Tokens whose logits exist at once, of so many of a device and its part of the vocabulary."""
-    size = min(1024, max(128, -(-tokens // 8 // 128) * 128), tokens)
-    while size > 128 and size * vocabulary > _MOST_LOGITS:
+def chunk_size(num_tokens: int, vocab_size: int) -> int:
+    """How many tokens' logits exist at once: an eighth of what a device has, in bounds."""
+    size = min(1024, max(128, -(-num_tokens // 8 // 128) * 128), num_tokens)
+    while size > 128 and size * vocab_size > _MOST_LOGITS:
         size //= 2
     return size
 
@@ -173,10 +173,8 @@ def _local_backward(
         weight = jnp.where(place[:, None] < chunks.total, cotangent[inside], 0.0)
         read = flat[source].astype(table.dtype)
         logits = _logits(read, table, softcap)
-        change = -weight * jnp.exp(logits - normalizer[inside])
-        change = change.at[jnp.arange(chunks.size), _own(token, table, axis)].add(
-            weight[:, 0], mode="drop"
-        )
+        is_target = jnp.arange(table.shape[0]) == _own(token, table, axis)[:, None]
+        change = weight * (is_target - jnp.exp(logits - normalizer[inside]))
         if softcap is not None:
             change = change * (1 - jnp.square(logits / softcap))
         change = change.astype(table.dtype)

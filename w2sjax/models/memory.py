@@ -27,13 +27,13 @@ compute dtype. `A` counts norms of a block (2, or 4 with `post_norms`).
                   T·((4 + 2·c)·H + (8 + 2·c)·K)·E, gradients and turned copies, for tree attention;
                   c·(a block's parameters), gathered over fsdp; twice that where they train, for
                   their gradient
-    logits        8·C·V, the logits and their gradient in float32, of the C tokens of a chunk
-                  (`head.chunk_size`); below float32 c·C·V more; c·V·D where the head is gathered,
-                  cast, or turned (untied); 4·V·D for its gradient where it trains, and as much
-                  again where that is turned
+    logits        4·C·V, a chunk's logits and in their place their gradient in float32 (C tokens,
+                  see `head.chunk_size`), below float32 c·C·V more; 4·T·D, the stream's gradient;
+                  8·V·D, the output layer's gradient and a chunk's part of it, where it trains;
+                  c·V·D where the head is gathered, cast or turned (untied)
 
     training      parameters + optimizer + the largest of
-                    activations + logits                   end of the forward pass
+                    activations + logits                   output layer, end of the forward pass
                     activations + gradients + block        backward pass through the layers
                     2·gradients                            the sum and the mean, for their norm
 
@@ -296,12 +296,13 @@ def _block(config: ModelConfig, tokens: int, row_length: int, mesh: Mapping[str,
 
 def _logits(config: ModelConfig, tokens: int, mesh: Mapping[str, int]) -> int:
     c, stored = _itemsizes(config)
-    vocab, turned = config.vocab_size // mesh["tensor"], not config.tie_embeddings
-    found = (8 + (c if c < 4 else 0)) * chunk_size(tokens, vocab) * vocab
-    if mesh["fsdp"] > 1 or c != stored or turned:
-        found += c * vocab * config.width
+    vocab = config.vocab_size // mesh["tensor"]
+    found = (4 + (c if c < 4 else 0)) * chunk_size(tokens, vocab) * vocab
+    found += 4 * tokens * config.width
     if config.lora is None:
-        found += 4 * vocab * config.width * (1 + turned)
+        found += 8 * vocab * config.width
+    if mesh["fsdp"] > 1 or c != stored or not config.tie_embeddings:
+        found += c * vocab * config.width
     return found
 
 

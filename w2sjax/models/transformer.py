@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec
 from w2sjax.models import attention
 from w2sjax.models.config import ModelConfig
 from w2sjax.models.head import token_logps
+from w2sjax.models.tree_kernels import default_block
 from w2sjax.types import PackedBatch
 
 # Ordered (regex over the parameter path → PartitionSpec), plain data for `w2sjax.parallel.rules`.
@@ -351,6 +352,14 @@ class Transformer(nn.Module):
             softcap=config.attention_softcap,
             packed=subtree_end is not None,
         )
+        block = None
+        if implementation == "pallas":
+            block = default_block(
+                jax.default_backend(),
+                dtype=config.dtype,
+                width=config.head_size,
+                group=config.num_heads // config.num_kv_heads,
+            )
         views = tuple(
             attention.row_view(
                 positions,
@@ -358,6 +367,7 @@ class Transformer(nn.Module):
                 frequencies=config.rope_frequencies(local=local),
                 window=config.window if local else None,
                 implementation=implementation,
+                block=block,
             )
             for local in sorted(set(config.is_local))
         )

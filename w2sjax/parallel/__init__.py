@@ -1,6 +1,6 @@
 """Device meshes, rules that split parameters over them, and processes. Knows no model."""
 
-from w2sjax.parallel.hosts import across_processes, start_processes
+from w2sjax.parallel.hosts import across_processes, local_mesh, start_processes
 from w2sjax.parallel.mesh import (
     AXES,
     batch_sharding,
@@ -26,6 +26,7 @@ __all__ = [
     "across_processes",
     "batch_sharding",
     "init_sharded",
+    "local_mesh",
     "make_mesh",
     "match_spec",
     "mesh_sizes",

@@ -7,7 +7,9 @@ import os
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
+
+from w2sjax.parallel.mesh import make_mesh
 
 
 def start_processes(
@@ -80,6 +82,18 @@ def across_processes(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(
         lambda leaf: jax.make_array_from_process_local_data(sharding, leaf, leaf.shape), tree
     )
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """The part of a mesh on this process's devices, for what it does on its own.
+
+    Its axes are the mesh's, as long as its part of each. Where these devices are no block of the
+    mesh (a row of `tensor` goes on in another process), they all lie along `data`.
+    """
+    try:
+        return mesh.local_mesh
+    except ValueError:
+        return make_mesh(devices=jax.local_devices())
 
 
 def _check(coordinator_address: str, num_processes: int, process_id: int) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 import chex
 import jax
 import ml_collections
+from etils import epath
 from jax.sharding import Mesh
 
 from w2sjax import models, parallel
 from w2sjax.chat import ChatTemplate
 from w2sjax.checkpoints import load_params, save_params
 from w2sjax.pipeline.manifests import Stage
+from w2sjax.pipeline.storage import filled_locally
 from w2sjax.types import Policy, Trajectory
 
 PARAMS = "params"  # of what a stage trained: all parameters, or the adapters alone
@@ -96,9 +98,7 @@ class Agent:
         self._mesh, self._which = mesh, which
         self._export = c.export
         self._several = jax.process_count() > 1
-        # Where the first of several processes acts, alone.
-        own = parallel.make_mesh(devices=jax.local_devices()) if self._several else mesh
-        self._own_mesh = own
+        self._own_mesh = parallel.local_mesh(mesh)  # where each of several processes acts alone
         self.source = c[which] if is_checkpoint(c[which]) else None
         self.plain, self.tuned = shapes(c, which, template.vocab_size)
         if template.vocab_size > self.plain.vocab_size:
@@ -153,17 +153,18 @@ class Agent:
         params = parallel.init_sharded(init, self._rules, self._mesh, jax.random.key(seed))
         return models.make_policy(self.plain), params
 
-    def save(self, directory: Path, trained: chex.ArrayTree) -> None:
+    def save(self, directory: epath.Path, trained: chex.ArrayTree) -> None:
         """Writes what a training changed, and the Hugging Face directory where it is asked for."""
         save_params(directory / PARAMS, trained, overwrite=True)
         if not self._export or self.base is None:  # pretraining, which other runs share
             return
-        if "lora" in trained:
-            base = self.source or f"the stage of the pretrained {self._which} model"
-            models.save_peft(directory / EXPORT, self.tuned, trained, base=base, overwrite=True)
-            return
-        tokenizer = self.template.tokenizer
-        models.save_hf(directory / EXPORT, self.plain, trained, tokenizer, overwrite=True)
+        with filled_locally(directory / EXPORT, upload=jax.process_index() == 0) as local:
+            if "lora" in trained:
+                base = self.source or f"the stage of the pretrained {self._which} model"
+                models.save_peft(local, self.tuned, trained, base=base, overwrite=True)
+            else:
+                tokenizer = self.template.tokenizer
+                models.save_hf(local, self.plain, trained, tokenizer, overwrite=True)
 
     _rules = models.PARTITION_RULES
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from w2sjax.chat import ChatTemplate, load_tokenizer, save_tokenizer, train_bpe
 from w2sjax.envs import PlayRequest
 from w2sjax.pipeline.agents import Agent, fingerprint, is_checkpoint
-from w2sjax.pipeline.episodes import EPISODES, Episodes, read_episodes
-from w2sjax.pipeline.manifests import Stage, write_json
+from w2sjax.pipeline.episodes import EPISODES, Episodes, join_episodes, read_episodes
+from w2sjax.pipeline.manifests import Stage
 from w2sjax.pipeline.stages import Stages
+from w2sjax.pipeline.storage import filled_locally, read_locally, write_json
 from w2sjax.pipeline.training import Training, to_sequences
 from w2sjax.sampling import read_trajectories
 
@@ -35,7 +38,8 @@ def make_agents(stages: Stages, episodes: Episodes, training: Training) -> dict[
     agents = {}
     for which, source in sources.items():
         kept = source if is_checkpoint(source) else transcripts.directory / "tokenizer"
-        template = ChatTemplate(load_tokenizer(kept))
+        with read_locally(epath.Path(kept)) as directory:
+            template = ChatTemplate(load_tokenizer(directory))
         agent = agents[which] = Agent(which, config, training.mesh, template)
         if is_checkpoint(source):
             facts = {"checkpoint": str(Path(source).absolute()), "files": fingerprint(source)}
@@ -48,7 +52,7 @@ def make_agents(stages: Stages, episodes: Episodes, training: Training) -> dict[
     return agents
 
 
-def _write_facts(facts: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
+def _write_facts(facts: Mapping[str, Any], directory: epath.Path) -> Mapping[str, Any]:
     write_json(directory / "checkpoint.json", facts)
     return {"checkpoint": facts["checkpoint"]}
 
@@ -57,7 +61,7 @@ def _transcripts(stages: Stages, episodes: Episodes) -> Stage:
     """Unlabelled play of mixed skill, and the tokenizer trained on its text."""
     config = episodes.config
 
-    def make(directory: Path) -> dict[str, Any]:
+    def make(directory: epath.Path) -> dict[str, Any]:
         c = config.pretrain
         with episodes.pool(slots=max(1, config.env.workers)) as pool:
             rng = random.Random(c.seed)
@@ -66,18 +70,22 @@ def _transcripts(stages: Stages, episodes: Episodes) -> Stage:
                 for task in pool.task_ids("pretrain", c.tasks)
                 for copy in range(c.per_task)
             ]
-            facts = episodes.play(directory, pool, requests, policy_name="player")
+            return episodes.play(directory, pool, requests, policy_name="player")
+
+    def finish(directory: epath.Path, shares: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        facts = join_episodes(directory, shares)
         texts = []
         for episode in read_trajectories(directory / EPISODES):
             texts += [episode.instruction, episode.first_observation]
             texts += [text for step in episode.steps for text in (step.answer, step.observation)]
         tokenizer = train_bpe(texts, vocab_size=config.tokenizer.vocab_size)
-        save_tokenizer(tokenizer, directory / "tokenizer")
+        with filled_locally(directory / "tokenizer") as local:
+            save_tokenizer(tokenizer, local)
         return facts | {"vocab_size": len(tokenizer)}
 
     fields = ("env.name", "env.options", "tokenizer", "pretrain.seed", "pretrain.tasks",
               "pretrain.per_task", "pretrain.random_low", "pretrain.random_high")  # fmt: skip
-    return stages.run("transcripts", fields, {}, make, shared=True)
+    return stages.run("transcripts", fields, {}, make, finish=finish, shared=True)
 
 
 def _pretrained(
@@ -86,7 +94,7 @@ def _pretrained(
     """A preset's model after pretraining."""
     config = training.config
 
-    def make(directory: Path) -> dict[str, Any]:
+    def make(directory: epath.Path) -> dict[str, Any]:
         c = config.pretrain
         examples = to_sequences(
             agent.template,

@@ -1,30 +1,36 @@
-"""Stages that make episodes: an environment's own players, and models that act. Each fills a file
-and reports how it went.
+"""Stages that make episodes: an environment's own players, and models that act.
+
+A stage is made in blocks of requests, each a file that appears whole. Of several processes, each
+makes its own blocks (block b is that of process b mod n) in its own environments and on its own
+devices; at the end the first process joins all blocks into one file. So the episodes do not depend
+on how many processes there are, and a stage that was cut off goes on with however many there are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from etils import epath
 
+from w2sjax import report
 from w2sjax.chat import ChatTemplate
 from w2sjax.envs import EnvPool, PlayRequest
 from w2sjax.pipeline.manifests import Stage
-from w2sjax.report import progress_bar
+from w2sjax.pipeline.processes import Processes
+from w2sjax.pipeline.storage import write_whole
 from w2sjax.sampling import (
     CollectStats,
     EpisodeRequest,
     Sampler,
     SamplerSettings,
-    TrajectoryWriter,
+    TrajectoryFileError,
     collect,
+    dump_trajectories,
     make_sampler,
     play_episodes,
     read_trajectories,
@@ -32,7 +38,8 @@ from w2sjax.sampling import (
 from w2sjax.types import Policy, Trajectory
 
 EPISODES = "episodes.jsonl"
-_PLAYED_BLOCK = 256  # episodes of an environment's own players per block
+_BLOCK = "episodes.{:06d}.jsonl"  # what it is joined from
+_PLAYED_BLOCK = 32  # episodes of an environment's own players per block; they depend on no other
 
 
 def read_episodes(stage: Stage) -> list[Trajectory]:
@@ -40,11 +47,34 @@ def read_episodes(stage: Stage) -> list[Trajectory]:
     return read_trajectories(stage.directory / EPISODES)
 
 
-class Episodes:
-    """The environments and the samplers that stages share."""
+def join_episodes(directory: epath.Path, shares: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Joins the blocks of all processes into one file, in the order of the requests.
 
-    def __init__(self, config: ml_collections.ConfigDict):
+    Args:
+      directory: of the stage, all blocks in it.
+      shares: what `Episodes.play` or `Episodes.sample` returned in each process.
+
+    Returns:
+      Facts for the stage's manifest.
+    """
+    joined = directory / EPISODES
+    blocks = [directory / _BLOCK.format(number) for number in range(shares[0]["blocks"])]
+    if not shares[0]["joined"]:  # else an earlier run got as far
+        write_whole(joined, b"".join(block.read_bytes() for block in blocks))
+    facts = _episode_facts(read_trajectories(joined))
+    for block in blocks:
+        block.unlink(missing_ok=True)
+    if "sampling" in shares[0]:
+        facts["sampling"] = _sampling_facts([share["sampling"] for share in shares])
+    return facts
+
+
+class Episodes:
+    """The environments and the samplers that the stages of one process share."""
+
+    def __init__(self, config: ml_collections.ConfigDict, processes: Processes):
         self.config = config
+        self._processes = processes
         self._pools: dict[int, EnvPool] = {}
         self._samplers: dict[tuple, Sampler] = {}
 
@@ -75,37 +105,39 @@ class Episodes:
 
     def play(
         self,
-        directory: Path,
+        directory: epath.Path,
         pool: EnvPool,
         requests: Sequence[PlayRequest],
         *,
         policy_name: str,
     ) -> dict[str, Any]:
-        """Writes whole episodes of the environment's expert, with as many random steps as
-        wanted.
-        """
+        """Writes this process's blocks of whole episodes of the environment's expert, with as many
+        random steps as wanted.
 
-        def play_block(block: Sequence[PlayRequest], done: int) -> list[Trajectory]:
+        Returns:
+          This process's share, for `join_episodes`.
+        """
+        numbers = _rollout_numbers(requests)
+
+        def play_block(start: int, progress: Callable[[int, str], None]) -> list[Trajectory]:
             episodes = play_episodes(
                 pool,
-                block,
+                requests[start : start + _PLAYED_BLOCK],
                 env_name=self.config.env.name,
                 policy_name=policy_name,
-                progress=lambda count, _: update(done + count, ""),
+                progress=lambda count, _: progress(count, ""),
             )
-            numbers = _rollout_numbers(requests)[done:]
             return [
                 dataclasses.replace(episode, rollout=number)
-                for episode, number in zip(episodes, numbers, strict=False)
+                for episode, number in zip(episodes, numbers[start:], strict=False)
             ]
 
-        with progress_bar(f"episodes, {policy_name}", len(requests), "episodes") as update:
-            episodes = _in_blocks(directory / EPISODES, requests, _PLAYED_BLOCK, play_block)
-        return _episode_facts(episodes)
+        title = f"episodes, {policy_name}"
+        return self._in_blocks(directory, title, requests, _PLAYED_BLOCK, play_block)
 
     def sample(
         self,
-        directory: Path,
+        directory: epath.Path,
         title: str,
         template: ChatTemplate,
         policy: Policy,
@@ -118,14 +150,16 @@ class Episodes:
         policy_name: str,
         seed: int,
     ) -> dict[str, Any]:
-        """Lets a model act, block by block of requests.
+        """Lets a model act, in this process's blocks of requests.
 
         A block is sampled whole: which episodes run side by side decides the last bits of the
         logits, so an interrupted run repeats the block that it was cut in, and ends with the same
-        episodes as one that was not. The file is in the order of `requests`.
+        episodes as one that was not.
+
+        Returns:
+          This process's share, for `join_episodes`.
         """
         c = self.config
-        path = directory / EPISODES
         key = (policy, temperature, top_p)
         if key not in self._samplers:
             self._samplers[key] = make_sampler(
@@ -141,26 +175,74 @@ class Episodes:
             )
         total = CollectStats()
 
-        def sample_block(block: Sequence[EpisodeRequest], done: int) -> list[Trajectory]:
+        def sample_block(start: int, progress: Callable[[int, str], None]) -> list[Trajectory]:
             episodes: list[Trajectory] = []
             stats = collect(
                 self._samplers[key],
                 params,
                 template,
                 pool,
-                block,
+                requests[start : start + c.sampler.block],
                 env_name=c.env.name,
                 policy_name=policy_name,
                 seed=seed,
                 on_done=episodes.append,
-                progress=lambda count, _, stats: update(done + count, _share_text(stats)),
+                progress=lambda count, _, stats: progress(count, _share_text(stats)),
             )
             _add_stats(total, stats)
             return episodes
 
-        with progress_bar(title, len(requests), "episodes") as update:
-            episodes = _in_blocks(path, requests, c.sampler.block, sample_block)
-        return _episode_facts(episodes) | {"sampling": _sampling_facts(total)}
+        share = self._in_blocks(directory, title, requests, c.sampler.block, sample_block)
+        numbers = {f.name: getattr(total, f.name) for f in dataclasses.fields(total)}
+        del numbers["statuses"]
+        return share | {"sampling": numbers | {"episodes": total.episodes}}
+
+    def _in_blocks(
+        self,
+        directory: epath.Path,
+        title: str,
+        requests: Sequence,
+        size: int,
+        make: Callable[[int, Callable[[int, str], None]], list[Trajectory]],
+    ) -> dict[str, Any]:
+        """Writes this process's blocks of requests; those that are there are kept.
+
+        Args:
+          directory: of the stage.
+          title: of the progress bar.
+          requests: all that is asked for; several of one `task_id` are its rollouts in their order.
+          size: requests per block.
+          make: (index of a block's first request, progress) → the block's episodes, in any order.
+
+        Returns:
+          How many blocks there are, and whether they have been joined before.
+        """
+        processes = self._processes
+        ids = [(r.task_id, n) for r, n in zip(requests, _rollout_numbers(requests), strict=True)]
+        order = {episode: index for index, episode in enumerate(ids)}
+        starts = range(0, len(requests), size)
+        share = {"blocks": len(starts), "joined": _holds(directory / EPISODES, ids)}
+        if share["joined"]:
+            return share
+        if len(starts) < processes.count:
+            report.CONSOLE.print(
+                f"  {title}: {len(starts)} of {processes.count} processes have a block of {size}",
+                markup=False,
+            )
+        own = starts[processes.index :: processes.count]
+        done, total = 0, sum(len(requests[start : start + size]) for start in own)
+        with report.progress_bar(title, total, "episodes") as update:
+            for start in own:
+                path, wanted = directory / _BLOCK.format(start // size), ids[start : start + size]
+                if not _holds(path, wanted):
+                    processes.check()
+                    episodes = make(
+                        start, lambda count, note, done=done: update(done + count, note)
+                    )
+                    episodes.sort(key=lambda t: order[t.task_id, t.rollout])
+                    write_whole(path, dump_trajectories(episodes))
+                done += len(wanted)
+        return share
 
 
 def _episode_facts(episodes: Sequence[Trajectory]) -> dict[str, Any]:
@@ -178,34 +260,12 @@ def _episode_facts(episodes: Sequence[Trajectory]) -> dict[str, Any]:
     }
 
 
-def _in_blocks(path: Path, requests: Sequence, size: int, make: Callable) -> list[Trajectory]:
-    """Fills a file of episodes block by block; whole blocks that are there are kept.
-
-    Args:
-      path: the file.
-      requests: what is asked for; several of one `task_id` are its rollouts in their order.
-      size: requests per block.
-      make: (block of requests, number of episodes before it) → their episodes, in any order.
-
-    Returns:
-      All episodes, in the order of `requests`.
-    """
-    numbers = _rollout_numbers(requests)
-    order = {
-        (request.task_id, number): index
-        for index, (request, number) in enumerate(zip(requests, numbers, strict=True))
-    }
-    there = read_trajectories(path, allow_torn_tail=True) if path.exists() else []
-    whole = len(there) if len(there) == len(requests) else len(there) // size * size
-    episodes = there[:whole]
-    _write_episodes(path, episodes)
-    with TrajectoryWriter(path) as out:
-        for start in range(whole, len(requests), size):
-            block = make(requests[start : start + size], start)
-            for episode in sorted(block, key=lambda t: order[t.task_id, t.rollout]):
-                out.write(episode)
-                episodes.append(episode)
-    return episodes
+def _holds(path: epath.Path, ids: Sequence[tuple[str, int]]) -> bool:
+    """Whether a file holds just these episodes (task, rollout), whole."""
+    try:
+        return [(t.task_id, t.rollout) for t in read_trajectories(path)] == list(ids)
+    except (FileNotFoundError, TrajectoryFileError):
+        return False
 
 
 def _rollout_numbers(requests: Sequence) -> list[int]:
@@ -218,30 +278,27 @@ def _rollout_numbers(requests: Sequence) -> list[int]:
     return numbers
 
 
-def _write_episodes(path: Path, episodes: Sequence[Trajectory]) -> None:
-    """Replaces a file of episodes, so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    with TrajectoryWriter(temporary) as out:
-        for episode in episodes:
-            out.write(episode)
-    os.replace(temporary, path)
-
-
 def _add_stats(total: CollectStats, block: CollectStats) -> None:
     for field in dataclasses.fields(CollectStats):
         setattr(total, field.name, getattr(total, field.name) + getattr(block, field.name))
 
 
-def _sampling_facts(stats: CollectStats) -> dict[str, Any]:
-    """How the sampling went; blocks that an interrupted run had sampled before are not in."""
+def _sampling_facts(shares: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """How the sampling went in all processes; blocks that an interrupted run had sampled before are
+    not in.
+    """
+
+    def total(name: str) -> float:
+        return sum(share[name] for share in shares)
+
+    rates = (share["episodes"] / max(share["seconds"], 1e-9) for share in shares)
     return {
-        "episodes": stats.episodes,
-        "episodes_per_second": round(stats.episodes / max(stats.seconds, 1e-9), 2),
-        "sampled_tokens": stats.sampled_tokens,
-        "model_seconds": round(stats.model_seconds, 2),
-        "env_seconds": round(stats.env_seconds, 2),
-        "slot_use": round(stats.turns / max(1, stats.slot_rounds), 3),
+        "episodes": total("episodes"),
+        "episodes_per_second": round(sum(rates), 2),
+        "sampled_tokens": total("sampled_tokens"),
+        "model_seconds": round(total("model_seconds"), 2),
+        "env_seconds": round(total("env_seconds"), 2),
+        "slot_use": round(total("turns") / max(1, total("slot_rounds")), 3),
     }
 
 

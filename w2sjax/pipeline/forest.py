@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 
 from w2sjax import search, targets, trees
+from w2sjax.pipeline.storage import load_arrays, save_arrays
 from w2sjax.types import Trajectory, TrajectoryTree
 
 
@@ -90,19 +91,19 @@ def build_forest(episodes: Sequence[Trajectory], *, merge_on: str) -> Forest:
     )
 
 
-def save_forest(path: Path, forest: Forest) -> None:
+def save_forest(path: os.PathLike[str], forest: Forest) -> None:
     """Writes a forest as one .npz file."""
     arrays = {f"tree_{f.name}": getattr(forest.tree, f.name) for f in _tree_fields()}
     others = {f.name: getattr(forest, f.name) for f in dataclasses.fields(Forest)}
     del others["tree"]
-    np.savez_compressed(path, **arrays, **others)
+    save_arrays(path, arrays | others)
 
 
-def load_forest(path: Path) -> Forest:
+def load_forest(path: os.PathLike[str]) -> Forest:
     """Reads what `save_forest` wrote."""
-    with np.load(path, allow_pickle=False) as arrays:
-        tree = TrajectoryTree(**{f.name: arrays[f"tree_{f.name}"] for f in _tree_fields()})
-        others = {f.name: arrays[f.name] for f in dataclasses.fields(Forest) if f.name != "tree"}
+    arrays = load_arrays(path)
+    tree = TrajectoryTree(**{f.name: arrays[f"tree_{f.name}"] for f in _tree_fields()})
+    others = {f.name: arrays[f.name] for f in dataclasses.fields(Forest) if f.name != "tree"}
     return Forest(tree=tree, **others | {"num_episodes": int(others["num_episodes"])})
 
 

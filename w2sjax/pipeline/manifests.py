@@ -1,11 +1,13 @@
-"""Stages on disk: a directory each, written atomically, skipped when its manifest matches.
+"""Stages on disk: a directory each, complete once its manifest is there, skipped when that matches.
 
 A stage is known by its key: a hash of its name, the settings it reads, the keys of the stages it
 reads and the format version. While it runs, it works in `<directory>.partial`, so that a run that
-was cut off goes on there; when it is done, its manifest is written and the directory renamed.
+was cut off goes on there; when it is done, its manifest is written and the directory renamed. In a
+bucket, which has neither renames nor locks, it works in its place, and the manifest comes last.
 
-Of several processes (`jax.distributed`) the first one makes the stages and the others wait for its
-manifests, on a file system that all of them see; in stages that train all take part.
+Of several processes (`jax.distributed`) the first one begins and ends every stage, on a file system
+or in a bucket that all of them see; the others do their share where a stage has shares, and wait
+for its manifest.
 """
 
 from __future__ import annotations
@@ -13,28 +15,39 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
 import json
 import os
-import random
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from etils import epath
+
+from w2sjax.checkpoints import absolute_path
+from w2sjax.pipeline.processes import FAILED, Processes
+from w2sjax.pipeline.storage import (
+    entries,
+    files_below,
+    in_bucket,
+    read_json,
+    remove,
+    size_of,
+    write_json,
+)
 
 FORMAT = 2
+CACHE = "cache"  # of a workdir in a bucket; what is there is right for any config
 _MANIFEST = "manifest.json"
 _KEY = "key.json"
+_SHARE = "share.{}.json"  # what another process than the first returned
 _HASHED_BYTES = 64 << 20
-_POLL_S = 0.2  # how often a process looks for what another one makes
+
+Facts = Mapping[str, Any]
+Make = Callable[[epath.Path], Facts | None]  # fills a directory, returns facts for the manifest
+Finish = Callable[[epath.Path, Sequence[Facts]], Facts]  # the same, from the facts of all shares
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +55,7 @@ class Stage:
     """A finished stage."""
 
     name: str
-    directory: Path
+    directory: epath.Path
     key: str
     digest: str  # of what it wrote
     seconds: float  # wall time, that of interrupted runs included
@@ -60,32 +73,16 @@ def stage_key(name: str, settings: Mapping[str, Any], inputs: Mapping[str, Stage
     return hashlib.blake2b(json.dumps(record, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
-def write_json(path: Path, record: Any) -> None:
-    """Writes a JSON file so that a reader sees the old or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file; what is wrong with it names the file and the line."""
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = getattr(error, "lineno", "?")
-        raise ValueError(
-            f"{path}, line {line}: not JSON ({error}); delete its directory to make the stage anew"
-        ) from error
-
-
 def run_stage(
     name: str,
-    directory: Path,
+    directory: os.PathLike[str],
     settings: Mapping[str, Any],
     inputs: Mapping[str, Stage],
-    make: Callable[[Path], Mapping[str, Any] | None],
+    make: Make,
     *,
+    finish: Finish | None = None,
     together: bool = False,
+    processes: Processes | None = None,
 ) -> Stage:
     """Runs a stage unless it is done.
 
@@ -96,44 +93,121 @@ def run_stage(
       inputs: role → finished stage that `make` reads.
       make: fills the (possibly partly filled) directory that it is given; what it returns goes into
         the manifest.
-      together: of several processes, all call `make` rather than the first one alone.
+      finish: called in the first process, with the directory and what `make` returned in each
+        process, once it has returned in all; its result goes into the manifest instead.
+      together: of several processes, all call `make` rather than the first one alone; they do where
+        there is a `finish`.
+      processes: where there are several.
 
     Returns:
       The finished stage.
 
     Raises:
       ValueError: the directory holds another stage's results.
+      OtherProcessFailed: one of several processes failed, in this stage or elsewhere.
     """
+    directory = absolute_path(directory)
+    processes = processes or Processes(directory.parent)
+    processes.stage = name
     key = stage_key(name, settings, inputs)
-    job = _job()
     if (done := _finished(name, directory, key)) is not None:
         return done
-    partial = directory.with_name(directory.name + ".partial")
-    if jax.process_index() > 0:
-        return _follow(name, directory, partial, key, job, make if together else None)
-    with _locked(partial):
+    partial = directory
+    if not in_bucket(directory):
+        partial = directory.with_name(directory.name + ".partial")
+    together = together or finish is not None
+    if processes.index > 0:
+        return _follow(name, directory, partial, key, make if together else None, processes)
+    with _locked(partial, processes):
         if (done := _finished(name, directory, key)) is not None:  # by the run that was waited for
             return done
-        return _make_stage(name, directory, partial, key, job, settings, inputs, make)
+        earlier = _begin(partial, key, processes.job)
+        start = time.monotonic()
+        facts = make(partial) or {}
+        if together:
+            others = range(1, processes.count)
+            facts = [facts, *(_share_of(process, partial, processes) for process in others)]
+            facts = finish(partial, facts) if finish is not None else facts[0]
+        seconds = round(earlier + time.monotonic() - start, 3)
+        digest = _digest(partial)
+        record = {
+            "name": name,
+            "key": key,
+            "digest": digest,
+            "settings": settings,
+            "inputs": {role: [stage.key, stage.digest] for role, stage in inputs.items()},
+            "seconds": seconds,
+            "facts": dict(facts),
+            "versions": versions(),
+        }
+        _end(partial, directory, record)
+        return Stage(name, directory, key, digest, seconds, skipped=False)
 
 
-@functools.cache
-def _job() -> int:
-    """A number that the processes of one job have in common, and those of no other."""
-    return _as_first_process_has_it(random.SystemRandom().getrandbits(31))
+def _begin(partial: epath.Path, key: str, job: int) -> float:
+    """Marks a stage as being made; returns the seconds that earlier runs spent on it."""
+    marker = partial / _KEY
+    earlier = 0.0
+    if marker.exists() and (found := read_json(marker))["key"] == key:
+        earlier = found["seconds"] + max(0.0, _last_written(partial) - found["started"])
+    else:
+        for path in entries(partial):
+            remove(path)
+    write_json(marker, {"key": key, "job": job, "seconds": earlier, "started": time.time()})
+    return earlier
 
 
-def _follow(name, directory, partial, key, job, make) -> Stage:
-    """What a process other than the first does: takes part if there is a `make`, then waits."""
-    while (done := _finished(name, directory, key)) is None:
-        if make is not None and _being_made(partial) == (key, job):
-            make(partial)
-            make = None
-        time.sleep(_POLL_S)
-    return done
+def _end(partial: epath.Path, directory: epath.Path, record: Mapping[str, Any]) -> None:
+    """Makes a stage's directory what the others see as finished."""
+    for path in entries(partial):
+        if path.match(_SHARE.format("*")):
+            path.unlink()
+    if partial == directory:
+        write_json(partial / _MANIFEST, record)
+        remove(partial / _KEY)
+    else:
+        remove(partial / _KEY)
+        write_json(partial / _MANIFEST, record)
+        partial.replace(directory)
 
 
-def _being_made(partial: Path) -> tuple[str, int] | None:
+def _follow(
+    name: str,
+    directory: epath.Path,
+    partial: epath.Path,
+    key: str,
+    make: Make | None,
+    processes: Processes,
+) -> Stage:
+    """What a process other than the first does: its share, if there is a `make`, then it waits."""
+    if make is not None:
+
+        def begun() -> Stage | bool | None:
+            done = _finished(name, directory, key)
+            return done or _being_made(partial) == (key, processes.job) or None
+
+        if isinstance(done := processes.wait(begun), Stage):
+            return done
+        facts = dict(make(partial) or {})
+        share = {"job": processes.job, "facts": facts}
+        write_json(partial / _SHARE.format(processes.index), share)
+    return processes.wait(lambda: _finished(name, directory, key))
+
+
+def _share_of(process: int, partial: epath.Path, processes: Processes) -> Facts:
+    """What another process's share came to, once it is done."""
+
+    def find() -> Facts | None:
+        try:
+            found = read_json(partial / _SHARE.format(process))
+        except FileNotFoundError:
+            return None
+        return found["facts"] if found["job"] == processes.job else None
+
+    return processes.wait(find)
+
+
+def _being_made(partial: epath.Path) -> tuple[str, int] | None:
     """The stage in work and the job that makes it; None if there is none."""
     try:
         found = read_json(partial / _KEY)
@@ -142,7 +216,7 @@ def _being_made(partial: Path) -> tuple[str, int] | None:
     return found["key"], found.get("job")
 
 
-def _finished(name: str, directory: Path, key: str) -> Stage | None:
+def _finished(name: str, directory: epath.Path, key: str) -> Stage | None:
     manifest = directory / _MANIFEST
     if manifest.exists():
         found = read_json(manifest)
@@ -157,80 +231,67 @@ def _finished(name: str, directory: Path, key: str) -> Stage | None:
             f"{directory} was made with other settings or inputs (key {found['key']}, now {key}); "
             "delete it or start over with --start_over"
         )
-    if directory.exists():
+    if not in_bucket(directory) and directory.exists():
         raise ValueError(f"{directory} has no {_MANIFEST}, so it is no stage's result; remove it")
     return None
 
 
 @contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
+def _locked(partial: epath.Path, processes: Processes) -> Iterator[None]:
     """Keeps other runs out of a directory, which is created; waits while one works in it.
 
     The lock is on the open directory, so that it ends with its process and leaves no file behind.
+    A bucket has no locks: there, two runs must not share a workdir or a cache.
     """
-    while True:
+    if in_bucket(partial):
         partial.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(partial, os.O_RDONLY)
-        except FileNotFoundError:  # another run finished or gave up in between
-            continue
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if partial.exists() and os.path.samestat(os.fstat(descriptor), os.stat(partial)):
-            break
-        os.close(descriptor)
+        yield
+        return
+    descriptor = processes.wait(lambda: _lock(partial))
     try:
         yield
     finally:
         with contextlib.suppress(OSError):  # not there any more, or it holds half a stage
-            partial.rmdir()
+            os.rmdir(partial)
         os.close(descriptor)
 
 
-def _make_stage(name, directory, partial, key, job, settings, inputs, make) -> Stage:
-    marker = partial / _KEY
-    earlier = 0.0
-    if marker.exists() and (found := read_json(marker))["key"] == key:
-        earlier = found["seconds"] + max(0.0, _last_written(partial) - found["started"])
-    else:
-        for path in partial.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(marker, {"key": key, "job": job, "seconds": earlier, "started": time.time()})
-    start = time.monotonic()
-    facts = make(partial)
-    seconds = round(earlier + time.monotonic() - start, 3)
-    marker.unlink()
-    digest = _digest(partial)
-    write_json(
-        partial / _MANIFEST,
-        {
-            "name": name,
-            "key": key,
-            "digest": digest,
-            "settings": settings,
-            "inputs": {role: [stage.key, stage.digest] for role, stage in inputs.items()},
-            "seconds": seconds,
-            "facts": dict(facts or {}),
-            "versions": versions(),
-        },
-    )
-    os.replace(partial, directory)
-    return Stage(name, directory, key, digest, seconds, skipped=False)
+def _lock(directory: epath.Path) -> int | None:
+    """The descriptor of a locked directory, which is created; None while another one holds it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:  # another run finished or gave up in between
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(directory)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None
 
 
-def _digest(directory: Path) -> str:
+def _digest(directory: epath.Path) -> str:
     """Hash of the names, sizes and contents of a stage's files (of large ones the size alone)."""
     total = hashlib.blake2b(digest_size=12)
-    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != _MANIFEST):
-        size = path.stat().st_size
-        total.update(f"{path.relative_to(directory)} {size}\n".encode())
+    for path in files_below(directory):
+        name = path.relative_to(directory)
+        if name.name == _MANIFEST or str(name) == _KEY or name.match(_SHARE.format("*")):
+            continue
+        size = size_of(path)
+        total.update(f"{name} {size}\n".encode())
         if size <= _HASHED_BYTES:
             total.update(path.read_bytes())
     return total.hexdigest()
 
 
-def _last_written(directory: Path) -> float:
-    """When anything in a directory was written last, in seconds since the epoch."""
-    return max(path.stat().st_mtime for path in directory.rglob("*"))
+def _last_written(directory: epath.Path) -> float:
+    """When anything in a directory was written last, in seconds since the epoch; 0 in a bucket."""
+    if in_bucket(directory):
+        return 0.0
+    return max(os.stat(path).st_mtime for path in files_below(directory))
 
 
 def stage_facts(stage: Stage) -> dict[str, Any]:
@@ -250,41 +311,23 @@ def versions() -> dict[str, str]:
     return found
 
 
-def claim_workdir(workdir: Path, config: Mapping[str, Any], *, start_over: bool) -> None:
+def claim_workdir(
+    workdir: os.PathLike[str], config: Mapping[str, Any], *, start_over: bool
+) -> None:
     """Makes a workdir this config's own; of several processes, the first one does.
 
     Args:
       workdir: created where it does not exist.
       config: all settings that decide results, as JSON values.
-      start_over: delete what another config made there. What this config made stays, so that the
-        same command goes on after an interruption.
+      start_over: delete what another config made there, apart from a cache. What this config made
+        stays, so that the same command goes on after an interruption.
 
     Raises:
       ValueError: it belongs to another config (the message shows the difference field by field), or
         holds files that no run made.
       OSError: it cannot be written; the message names it.
     """
-    problem = None
-    if jax.process_index() == 0:
-        try:
-            _claim_workdir(workdir, config, start_over)
-        except (ValueError, OSError) as error:
-            problem = error
-    failed = bool(_as_first_process_has_it(problem is not None))
-    if problem is not None:
-        raise problem
-    if failed:
-        raise ValueError(f"--workdir {workdir}: process 0 was refused; its message says why")
-
-
-def _as_first_process_has_it(value: int) -> int:
-    """The value of process 0, in all of them."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-def _claim_workdir(workdir: Path, config: Mapping[str, Any], start_over: bool) -> None:
+    workdir = absolute_path(workdir)
     record = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -295,7 +338,7 @@ def _claim_workdir(workdir: Path, config: Mapping[str, Any], start_over: bool) -
         raise OSError(
             f"--workdir {workdir} cannot be written: {error.strerror or error}; choose another one"
         ) from error
-    if any(workdir.iterdir()):
+    if entries(workdir):
         found = read_json(record) if record.exists() else {}
         if "w2sjax" not in found:
             raise ValueError(
@@ -309,8 +352,10 @@ def _claim_workdir(workdir: Path, config: Mapping[str, Any], start_over: bool) -
                 "Choose another --workdir, or pass --start_over to delete what is there."
             )
         if differences:
-            shutil.rmtree(workdir)
-            workdir.mkdir()
+            for path in entries(workdir):
+                if path.name != CACHE:
+                    remove(path)
+    remove(workdir / FAILED)
     write_json(record, {"w2sjax": FORMAT, "config": config})
 
 

@@ -5,8 +5,8 @@
     targets → one trained model per method → episodes on held-out tasks → report
 
 Every stage reads directories and writes one, atomically, with a manifest: a matching manifest means
-skip. Inside a stage, rollouts go on by episode and training by step. Several processes train
-together; everything else is done by the first of them.
+skip. Inside a stage, episodes go on by block and training by step. Several processes train together
+and share the episodes' blocks; everything else is done by the first of them.
 """
 
 from __future__ import annotations
@@ -17,28 +17,24 @@ import json
 import os
 import traceback
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
+from etils import epath
 
 from w2sjax import evaluate, report
+from w2sjax.checkpoints import absolute_path
 from w2sjax.config import PREFERENCE_METHODS, SFT_METHODS, validate
 from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import forest as forests
 from w2sjax.pipeline.agents import Agent
 from w2sjax.pipeline.bases import make_agents
-from w2sjax.pipeline.episodes import Episodes, read_episodes
-from w2sjax.pipeline.manifests import (
-    Stage,
-    claim_workdir,
-    read_json,
-    stage_facts,
-    write_json,
-)
+from w2sjax.pipeline.episodes import Episodes, join_episodes, read_episodes
+from w2sjax.pipeline.manifests import CACHE, Stage, claim_workdir, stage_facts
+from w2sjax.pipeline.processes import Processes, agree
 from w2sjax.pipeline.stages import Stages
+from w2sjax.pipeline.storage import in_bucket, load_arrays, read_json, save_arrays, write_json
 from w2sjax.pipeline.training import Training, to_pairs, to_sequences
 from w2sjax.sampling import EpisodeRequest
 from w2sjax.types import Trajectory
@@ -57,8 +53,8 @@ def run(
 
     Args:
       config: from a file of `configs/`; see `config.default_config` for its fields.
-      workdir: where everything goes; belongs to one config. It and the cache are on a file system
-        that all processes see, where there are several.
+      workdir: where everything goes; belongs to one config. May be in a bucket (`gs://…`). All
+        processes see it and the cache, where there are several.
       start_over: delete what another config left there.
 
     Returns:
@@ -71,34 +67,48 @@ def run(
       FloatingPointError: a loss became NaN or infinite; the last good checkpoint is kept.
       TrainingInterrupted: SIGTERM came during training; the same call goes on from there.
     """
-    if "://" in os.fspath(workdir):
-        raise ValueError(
-            f"--workdir {workdir} is a cloud path: stages need a file system, with locks and "
-            "renames; give a directory (only what train.fit writes may be in a bucket)."
-        )
-    validate(config)
-    _check_environment(config)
+    workdir = absolute_path(workdir)
+    problem = settings = None
+    try:
+        validate(config)
+        _check_environment(config)
+        settings = _settings(config)
+        if jax.process_index() == 0:
+            claim_workdir(workdir, settings, start_over=start_over)
+    except USER_ERRORS as error:
+        problem = error
+    agree(problem)
+    if jax.process_index() > 0:
+        report.CONSOLE.quiet = True
+    processes = Processes(workdir)
+    cache = cache_directory(config, workdir)
+    jax.config.update("jax_compilation_cache_dir", os.fspath(cache / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    try:
+        with contextlib.closing(Episodes(config, processes)) as episodes:
+            return _Run(config, settings, workdir, cache, processes, episodes).all_stages()
+    except USER_ERRORS as error:
+        told = processes.told(error)
+        number = processes.index
+        log = workdir / (f"error.{number}.log" if number else "error.log")
+        log.write_text(traceback.format_exc())
+        told.add_note(f"The whole story is in {log}")
+        if told is not error:
+            raise told from error
+        raise
+    except BaseException as error:
+        processes.report_failure(error)
+        raise
+
+
+def _settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """All that decides results, as JSON values."""
     settings = json.loads(config.to_json())
     for field in _HOW:
         *path, last = field.split(".")
         del functools.reduce(dict.__getitem__, path, settings)[last]
-    workdir = Path(workdir).absolute()
-    if jax.process_index() > 0:
-        report.CONSOLE.quiet = True
-    claim_workdir(workdir, settings, start_over=start_over)
-    cache = cache_directory(config)
-    jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    try:
-        with contextlib.closing(Episodes(config)) as episodes:
-            return _Run(config, settings, workdir, cache, episodes).all_stages()
-    except USER_ERRORS as error:
-        number = jax.process_index()
-        log = workdir / (f"error.{number}.log" if number else "error.log")
-        log.write_text(traceback.format_exc())
-        error.add_note(f"The whole story is in {log}")
-        raise
+    return settings
 
 
 def _check_environment(config: ml_collections.ConfigDict) -> None:
@@ -121,28 +131,35 @@ def _check_environment(config: ml_collections.ConfigDict) -> None:
         env.close()
 
 
-def cache_directory(config: ml_collections.ConfigDict) -> Path:
+def cache_directory(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.Path:
     """Where pretrained models and compiled programs are kept: config, $W2SJAX_CACHE, or the
-    user's.
+    user's; beside the results where those are in a bucket.
     """
     chosen = config.cache_dir or os.environ.get("W2SJAX_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "w2sjax"
+    if not chosen and in_bucket(workdir):
+        return workdir / CACHE
+    if not chosen:
+        chosen = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/w2sjax"
+    return absolute_path(os.path.expanduser(chosen))
 
 
 class _Run:
     """One run of the main job: settings, places, and the stages done so far."""
 
     def __init__(
-        self, config, settings: dict[str, Any], workdir: Path, cache: Path, episodes: Episodes
+        self,
+        config: ml_collections.ConfigDict,
+        settings: dict[str, Any],
+        workdir: epath.Path,
+        cache: epath.Path,
+        processes: Processes,
+        episodes: Episodes,
     ):
         self.config = config
         self.workdir = workdir
         self.episodes = episodes
         self.training = Training(config)
-        self.stages = Stages(settings, workdir, cache, self.training.mesh)
+        self.stages = Stages(settings, workdir, cache, self.training.mesh, processes)
         self.room: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------ the order
@@ -169,9 +186,10 @@ class _Run:
             ("env.name", "env.options", "seed", "tasks.demonstrations"),
             {},
             functools.partial(self._make_expert_episodes, "demos", c.tasks.demonstrations),
+            finish=join_episodes,
         )
 
-        def make(directory: Path) -> dict[str, Any]:
+        def make(directory: epath.Path) -> dict[str, Any]:
             examples = self._sequences(agent, read_episodes(demonstrations))
             return self.training.fit_sft(
                 directory,
@@ -200,6 +218,7 @@ class _Run:
                 ("env.name", "env.options", "seed", "tasks.train"),
                 {},
                 functools.partial(self._make_expert_episodes, "train", c.tasks.train),
+                finish=join_episodes,
             )
             trained["ceiling"] = self._sft_method("ceiling", strong, experts, None, c.train.steps)
         sft = [name for name in SFT_METHODS if name in c.methods and name != "ceiling"]
@@ -211,6 +230,7 @@ class _Run:
             ("env", "seed", "rollouts", "models.max_length", "tasks.train", "sampler"),
             {"weak": weak},
             functools.partial(self._make_rollouts, weak),
+            finish=join_episodes,
         )
         trees = self.stages.run(
             "trees", ("trees", "gate"), {"rollouts": rollouts},
@@ -239,13 +259,15 @@ class _Run:
 
     # ----------------------------------------------------------------------------- the stages
 
-    def _make_expert_episodes(self, split: str, count: int, directory: Path) -> dict[str, Any]:
+    def _make_expert_episodes(
+        self, split: str, count: int, directory: epath.Path
+    ) -> dict[str, Any]:
         c = self.config
         with self.episodes.pool(slots=max(1, c.env.workers)) as pool:
             requests = [PlayRequest(task, 0.0, c.seed) for task in pool.task_ids(split, count)]
             return self.episodes.play(directory, pool, requests, policy_name="expert")
 
-    def _make_rollouts(self, weak: Stage, directory: Path) -> dict[str, Any]:
+    def _make_rollouts(self, weak: Stage, directory: epath.Path) -> dict[str, Any]:
         c, agent = self.config, self.agents["weak"]
         with self.episodes.pool(slots=c.sampler.slots) as pool:
             tasks = pool.task_ids("train", c.tasks.train)
@@ -263,25 +285,23 @@ class _Run:
                 seed=c.seed,
             )
 
-    def _make_trees(self, rollouts: Stage, directory: Path) -> dict[str, Any]:
+    def _make_trees(self, rollouts: Stage, directory: epath.Path) -> dict[str, Any]:
         forest = forests.build_forest(read_episodes(rollouts), merge_on=self.config.trees.merge_on)
         forests.save_forest(directory / "trees.npz", forest)
         return forests.room(forest, self.config.gate)
 
-    def _make_search(self, trees: Stage, directory: Path) -> dict[str, Any]:
+    def _make_search(self, trees: Stage, directory: epath.Path) -> dict[str, Any]:
         forest = forests.load_forest(trees.directory / "trees.npz")
-        np.savez_compressed(
-            directory / "values.npz", **forests.search_forest(forest, **self.config.search)
-        )
+        save_arrays(directory / "values.npz", forests.search_forest(forest, **self.config.search))
         return {"trees": len(forest.episode)}
 
-    def _make_targets(self, trees: Stage, search: Stage, directory: Path) -> dict[str, Any]:
+    def _make_targets(self, trees: Stage, search: Stage, directory: epath.Path) -> dict[str, Any]:
         c = self.config
         forest = forests.load_forest(trees.directory / "trees.npz")
-        with np.load(search.directory / "values.npz") as values:
-            made = forests.make_targets(forest, dict(values), c.targets, seed=c.seed)
+        values = load_arrays(search.directory / "values.npz")
+        made = forests.make_targets(forest, values, c.targets, seed=c.seed)
         for name, (arrays, _) in made.items():
-            np.savez_compressed(directory / f"{name}.npz", **arrays)
+            save_arrays(directory / f"{name}.npz", arrays)
         return {name: counts for name, (_, counts) in made.items()}
 
     def _sft_method(
@@ -297,11 +317,10 @@ class _Run:
         c, agent = self.config, self.agents["strong"]
         stage_name = stage_name or target
 
-        def make(directory: Path) -> dict[str, Any]:
+        def make(directory: epath.Path) -> dict[str, Any]:
             weights = None
             if targets is not None:
-                with np.load(targets.directory / f"{target}.npz") as arrays:
-                    weights = arrays["step_weights"]
+                weights = load_arrays(targets.directory / f"{target}.npz")["step_weights"]
             examples = self._sequences(agent, read_episodes(episodes), step_weights=weights)
             return self.training.fit_sft(
                 directory,
@@ -327,14 +346,13 @@ class _Run:
         c, agent = self.config, self.agents["strong"]
         target = "dpo" if name == "dpo" else "tree_dpo"
 
-        def make(directory: Path) -> dict[str, Any]:
-            with np.load(targets.directory / f"{target}.npz") as arrays:
-                examples = to_pairs(
-                    agent.template,
-                    agent.as_read(read_episodes(rollouts)),
-                    c.models.max_length,
-                    dict(arrays),
-                )
+        def make(directory: epath.Path) -> dict[str, Any]:
+            examples = to_pairs(
+                agent.template,
+                agent.as_read(read_episodes(rollouts)),
+                c.models.max_length,
+                load_arrays(targets.directory / f"{target}.npz"),
+            )
             return self.training.fit_preference(
                 directory,
                 f"training, {name}",
@@ -353,10 +371,11 @@ class _Run:
     def _evaluated(self, name: str, mode: str, policy: Stage) -> Stage:
         c, agent = self.config, self.agents["weak" if name == "weak" else "strong"]
 
-        def make(directory: Path) -> dict[str, Any]:
+        def make(directory: epath.Path) -> dict[str, Any]:
             with self.episodes.pool(slots=c.sampler.slots) as pool:
                 tasks = list(pool.task_ids(c.tasks.held_out_split, c.tasks.held_out))
-                write_json(directory / "tasks.json", tasks)
+                if jax.process_index() == 0:
+                    write_json(directory / "tasks.json", tasks)
                 return self.episodes.sample(
                     directory,
                     f"evaluating, {name} ({mode})",
@@ -374,7 +393,9 @@ class _Run:
         fields = ("env", "seed", "tasks.held_out", "tasks.held_out_split", "sampler",
                   "rollouts.max_new_tokens", "models.max_length")  # fmt: skip
         fields += ("evaluate.temperature",) if mode == "sampled" else ()
-        return self.stages.run(f"evaluate/{name}.{mode}", fields, {"policy": policy}, make)
+        return self.stages.run(
+            f"evaluate/{name}.{mode}", fields, {"policy": policy}, make, finish=join_episodes
+        )
 
     def _reported(self, scores: Mapping[str, Mapping[str, evaluate.Scores]]) -> dict[str, Any]:
         c = self.config

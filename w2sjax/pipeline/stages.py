@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from w2sjax import report
-from w2sjax.pipeline.manifests import Stage, run_stage, stage_key
-
-Make = Callable[[Path], Mapping[str, Any]]  # fills a directory, returns facts for the manifest
+from w2sjax.pipeline.manifests import Finish, Make, Stage, run_stage, stage_key
+from w2sjax.pipeline.processes import Processes
 
 
 class Stages:
@@ -24,11 +23,20 @@ class Stages:
       workdir: where stages lie.
       cache: where those lie that other runs share.
       mesh: what models run on; part of every stage's key.
+      processes: those of the job.
     """
 
-    def __init__(self, settings: Mapping[str, Any], workdir: Path, cache: Path, mesh: Mesh):
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        workdir: epath.Path,
+        cache: epath.Path,
+        mesh: Mesh,
+        processes: Processes,
+    ):
         self.done: list[Stage] = []
         self._settings, self._workdir, self._cache = settings, workdir, cache
+        self._processes = processes
         self._runtime = {"backend": jax.default_backend(), "mesh": dict(mesh.shape)}
 
     def run(
@@ -40,6 +48,7 @@ class Stages:
         *,
         facts: Mapping[str, Any] | None = None,
         shared: bool = False,
+        finish: Finish | None = None,
         together: bool = False,
     ) -> Stage:
         """Runs one stage, or finds it done.
@@ -51,6 +60,7 @@ class Stages:
           make: makes it.
           facts: what it depends on beside.
           shared: it lies in the cache, under its key, for other runs too.
+          finish: completes it where all processes made their share; see `run_stage`.
           together: of several processes, all make it rather than the first one alone.
 
         Returns:
@@ -68,7 +78,16 @@ class Stages:
         directory = self._workdir / name
         if shared:
             directory = self._cache / f"{name}-{stage_key(name, chosen, inputs)}"
-        stage = run_stage(name, directory, chosen, inputs, make, together=together)
+        stage = run_stage(
+            name,
+            directory,
+            chosen,
+            inputs,
+            make,
+            finish=finish,
+            together=together,
+            processes=self._processes,
+        )
         state = "already there" if stage.skipped else f"{stage.seconds:.1f} s"
         report.CONSOLE.print(f"{name:<32} {state}", markup=False, highlight=False)
         self.done.append(stage)

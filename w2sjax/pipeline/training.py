@@ -5,14 +5,13 @@ reports what it left out.
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
+from etils import epath
 
 from w2sjax import batches, losses, models, parallel, train
 from w2sjax.chat import ChatTemplate
@@ -43,7 +42,7 @@ class Training:
 
     def fit_sft(
         self,
-        directory: Path,
+        directory: epath.Path,
         title: str,
         agent: Agent,
         policy: Policy,
@@ -70,7 +69,7 @@ class Training:
 
     def fit_preference(
         self,
-        directory: Path,
+        directory: epath.Path,
         title: str,
         agent: Agent,
         policy: Policy,
@@ -100,7 +99,9 @@ class Training:
         self._fit(directory, title, agent, policy, params, loss, loader, steps, rate)
         return {"pairs": len(examples.items)} | self._facts(examples, loader)
 
-    def _reference_logps(self, directory: Path, policy: Policy, params: Any, pairs) -> np.ndarray:
+    def _reference_logps(
+        self, directory: epath.Path, policy: Policy, params: Any, pairs: Sequence
+    ) -> np.ndarray:
         """float32 [P, 3], of the three paths of each pair (see `batches.pair_parts`)."""
         length = batches.round_length(self.config.models.max_length)
         scorer = train.make_sequence_scorer(
@@ -212,7 +213,7 @@ class Training:
             )
         agent.save(directory, train.averaged_params(result.state))
         if jax.process_index() == 0:
-            shutil.rmtree(directory / _STATES)
+            epath.Path(directory / _STATES).rmtree()
 
 
 def to_sequences(

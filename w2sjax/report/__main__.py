@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from w2sjax import evaluate
+from w2sjax.checkpoints import absolute_path
 from w2sjax.report.tables import markdown_tables
 from w2sjax.sampling import read_trajectories
 
@@ -63,7 +64,7 @@ def pooled_comparisons(workdirs: list[Path]) -> tuple[str, dict[str, dict]]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m w2sjax.report", description=__doc__)
-    parser.add_argument("workdirs", nargs="+", type=Path, help="finished runs")
+    parser.add_argument("workdirs", nargs="+", type=absolute_path, help="finished runs")
     parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
     arguments = parser.parse_args(argv)
     try:

@@ -9,7 +9,12 @@ from w2sjax.sampling.sampler import (
     TurnResult,
     make_sampler,
 )
-from w2sjax.sampling.store import TrajectoryFileError, TrajectoryWriter, read_trajectories
+from w2sjax.sampling.store import (
+    TrajectoryFileError,
+    TrajectoryWriter,
+    dump_trajectories,
+    read_trajectories,
+)
 
 __all__ = [
     "CollectStats",
@@ -21,6 +26,7 @@ __all__ = [
     "TrajectoryWriter",
     "TurnResult",
     "collect",
+    "dump_trajectories",
     "make_sampler",
     "play_episodes",
     "read_trajectories",

@@ -24,7 +24,10 @@ import logging
 import math
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any, Self
+
+from etils import epath
 
 from w2sjax.types import Status, Step, Trajectory
 
@@ -98,13 +101,22 @@ class TrajectoryWriter:
         self.close()
 
 
+def dump_trajectories(trajectories: Iterable[Trajectory]) -> bytes:
+    """The contents of a file of these episodes, for where it is written whole.
+
+    Raises:
+      ValueError: a number that is not finite, or another value that could not be read back.
+    """
+    return b"".join(map(_to_line, trajectories))
+
+
 def read_trajectories(
     path: str | os.PathLike[str], *, allow_torn_tail: bool = False
 ) -> list[Trajectory]:
     """Reads all episodes of a file, in its order.
 
     Args:
-      path: what a `TrajectoryWriter` wrote.
+      path: what a `TrajectoryWriter` wrote, also in a bucket (`gs://…`).
       allow_torn_tail: drop a last line without newline (its writer died); else that is an error.
 
     Raises:
@@ -112,7 +124,7 @@ def read_trajectories(
       TrajectoryFileError: a line that is torn, is no JSON, has another format version, or a field
         that is missing, unknown, or of a wrong kind.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     lines = path.read_bytes().split(b"\n")
     tail = lines.pop()
     if tail and not allow_torn_tail:

@@ -32,6 +32,7 @@ from w2sjax.trees.compress import BranchTable
 _QUEUE = 2  # returns that a branching keeps ready; with one, every second step would be idle
 _NOTHING = -1
 _FEW = 2**11  # choices, padding included
+_SMALL = 16  # branchings in a tree, padding included
 _UNROLLED = 4  # choices up to which code is written out row by row
 
 
@@ -58,12 +59,17 @@ def general_groups(num_trees: int, num_branchings: int) -> tuple[Group, ...]:
 
 
 def usual_groups(num_trees: int, num_branchings: int) -> tuple[Group, ...]:
-    """Groups that hold what there usually is, in a large batch: few wide branchings, none of more
-    than eight choices. Half the work of `general_groups`.
+    """Groups that hold what there usually is, in a large batch: a quarter to a half of the work of
+    `general_groups`. Small trees have few wide branchings, and none of more than eight choices;
+    larger ones have some of every width, and of any width one in each tree (usually its root).
     """
-    shares = {2: 0.75, 4: 0.2, 8: 0.03}
     total = num_trees * num_branchings
-    return tuple(Group(width, int(share * total) + 1) for width, share in shares.items())
+    if num_branchings <= _SMALL:
+        shares = {2: 0.75, 4: 0.2, 8: 0.03}
+        return tuple(Group(width, int(share * total) + 1) for width, share in shares.items())
+    shares = {2: 0.6, 4: 0.16, 8: 0.06, 32: 0.025, 128: 0.004}
+    groups = [Group(w, int(s * total) + 1) for w, s in shares.items() if w <= num_branchings]
+    return (*groups, Group(num_branchings + 1, num_trees))
 
 
 def fits(num_choices: chex.Array, groups: Sequence[Group]) -> chex.Array:
@@ -207,8 +213,8 @@ def slot_visits(
             history=_note(bandits.history, bandits.pick, len(choice), active),
         )
         if len(choice) > _UNROLLED:
-            pick = jnp.argmax(scores(table, slice(None), bandits, visits), axis=0)
-            return bandits._replace(pick=pick.astype(jnp.int32))
+            pick = _first_best(scores(table, slice(None), bandits, visits))
+            return bandits._replace(pick=pick)
         # Row by row, so that each row is one long vector.
         best = scores(table, 0, bandits, visits)
         pick = jnp.zeros(best.shape, jnp.int32)
@@ -314,6 +320,21 @@ def _row(pick: chex.Array, table: chex.Array) -> chex.Array:
     for j in range(1, table.shape[0]):
         found = jnp.where(pick == j, table[j], found)
     return found
+
+
+def _first_best(scores: chex.Array) -> chex.Array:
+    """argmax over the rows of [w, n], the first of equals; int32 [n]. Neighbours against each other
+    until one is left: each round is a few long vectors, which a reduction is not on CPU.
+    """
+    pick = jnp.broadcast_to(jnp.arange(len(scores), dtype=jnp.int32)[:, None], scores.shape)
+    while len(scores) > 1:
+        if len(scores) % 2:
+            scores = jnp.pad(scores, ((0, 1), (0, 0)), constant_values=-jnp.inf)
+            pick = jnp.pad(pick, ((0, 1), (0, 0)))
+        better = scores[1::2] > scores[::2]
+        pick = jnp.where(better, pick[1::2], pick[::2])
+        scores = jnp.where(better, scores[1::2], scores[::2])
+    return pick[0]
 
 
 def _depths(parent: chex.Array, nobody: int, max_depth: int) -> chex.Array:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from pathlib import Path
 from typing import Any
 
 import chex
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from w2sjax.batches import Part, Sequence, fill_rows, find_prefixes, plan_rows
@@ -160,7 +161,7 @@ def cached_scores(
     """Scores from a file, or computed and written there (by the first process).
 
     Args:
-      path: an .npz file of one policy's scores; its directory exists.
+      path: an .npz file of one policy's scores, in a bucket or not; its directory exists.
       compute: makes the scores where the file has none of these sequences and parts.
       sequences: what is scored.
       parts: which stretches of it.
@@ -168,22 +169,24 @@ def cached_scores(
     Returns:
       float32 [Q].
     """
-    path = Path(path)
+    path = epath.Path(path)
     digest = hashlib.sha256(np.asarray(parts, np.int64).tobytes())
     for sequence in sequences:
         digest.update(len(sequence).to_bytes(8))
         digest.update(sequence.tokens.tobytes())
         digest.update(sequence.weights.tobytes())
     if path.exists():
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             if str(arrays["of"]) == digest.hexdigest():
                 return arrays["scores"]
     scores = compute()
     if jax.process_index() > 0:
         return scores
-    temporary = path.with_name(path.name + ".tmp.npz")
-    np.savez(temporary, scores=scores, of=digest.hexdigest())
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    np.savez(content, scores=scores, of=digest.hexdigest())
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content.getvalue())
+    temporary.replace(path)
     return scores
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from w2sjax.types import TrajectoryTree
 
 # Up to this many rollouts prefixes are compared pairwise, above by sorting.
 _MAX_PAIRWISE_ROLLOUTS = 64
+_ODD = np.array([0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35], np.uint32)  # factors of the hash
 
 
 def build_tree(
@@ -110,25 +112,60 @@ def _group_pairwise(node, key, alive):
 
 
 def _group_by_sorting(node, key, alive):
-    """The same as `_group_pairwise` in O(R log R)."""
+    """The same as `_group_pairwise` in O(R log R).
+
+    Equal trajectories meet in a table by a hash of (node, key), and the earliest in each place
+    takes those that are indeed equal to it; the others go on to the next round, with another hash.
+    A round settles at least the earliest of each place, so rounds end; three or four are usual.
+    Groups are then ranked by sorting one word each (sorting the pairs themselves, with their
+    indices, takes ten times as long).
+    """
+    num = node.shape[0]
+    index = jnp.arange(num, dtype=jnp.int32)
+    bits = min((4 * num - 1).bit_length(), 31)
+
+    def meet(state):
+        first, seed = state
+        seeking = alive & (first == num)
+        place = (_mix(_mix(key, seed), node) >> (32 - bits)).astype(jnp.int32)
+        table = jnp.full((2**bits,), num, jnp.int32)
+        table = table.at[jnp.where(seeking, place, 2**bits)].min(index, mode="drop")
+        earliest = jnp.minimum(table[place], num - 1)
+        equal = (node[earliest] == node) & (key[earliest] == key)
+        return jnp.where(seeking & equal, earliest, first), seed + 1
+
+    first, _ = jax.lax.while_loop(
+        lambda state: jnp.any(alive & (state[0] == num)),
+        meet,
+        (jnp.full((num,), num, jnp.int32), jnp.uint32(1)),
+    )
+    leader = alive & (first == index)
+    count = jnp.sum(leader, dtype=jnp.int32)
+    in_order = jnp.where(index < count, _leaders_in_order(node, leader), num)
+    rank = jnp.zeros((num,), jnp.int32).at[in_order].set(index, mode="drop")
+    return rank[jnp.minimum(first, num - 1)], leader, count
+
+
+def _mix(x, seed):
+    """A hash of int32 `x` and `seed`; uint32, the high bits are the better ones."""
+    x = (x.astype(jnp.uint32) ^ (seed.astype(jnp.uint32) * _ODD[0])) * _ODD[1]
+    return (x ^ (x >> 15)) * _ODD[2]
+
+
+def _leaders_in_order(node, leader):
+    """Indices of the leaders in the order (node, index), then anything. Nodes of a level are less
+    than R apart, so both fit into one word up to 2**16 trajectories.
+    """
     num = node.shape[0]
     index = jnp.arange(num, dtype=jnp.int32)
     last = jnp.iinfo(jnp.int32).max
-    node = jnp.where(alive, node, last)  # those that have ended come last
-    key = jnp.where(alive, key, 0)
-    node_s, key_s, index_s = jax.lax.sort((node, key, index), num_keys=3)
-    new = jnp.concatenate(
-        [jnp.ones((1,), bool), (node_s[1:] != node_s[:-1]) | (key_s[1:] != key_s[:-1])]
-    )
-    group_s = jnp.cumsum(new, dtype=jnp.int32) - 1  # groups in the order (node, key)
-    new = new & (node_s != last)
-    group_first = jnp.full((num,), num, jnp.int32).at[group_s].min(index_s)
-    group_node = jnp.full((num,), last, jnp.int32).at[group_s].min(node_s)
-    _, _, order = jax.lax.sort((group_node, group_first, index), num_keys=2)
-    group_rank = jnp.zeros((num,), jnp.int32).at[order].set(index)
-    rank = jnp.zeros((num,), jnp.int32).at[index_s].set(group_rank[group_s])
-    leader = jnp.zeros((num,), bool).at[index_s].set(new)
-    return rank, leader, jnp.sum(leader, dtype=jnp.int32)
+    node = jnp.where(leader, node, last)
+    bits = (num - 1).bit_length()
+    if 2 * bits > 32:
+        return jax.lax.sort((node, index), num_keys=2)[1]
+    words = ((node - jnp.min(node)) << bits | index).astype(jnp.uint32)
+    words = jnp.where(leader, words, np.uint32(2**32 - 1))
+    return (jnp.sort(words) & np.uint32(2**bits - 1)).astype(jnp.int32)
 
 
 def _collect(ids, leaders, total, step_keys, lengths, returns, max_nodes):

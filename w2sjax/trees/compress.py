@@ -76,8 +76,8 @@ def compress_chains(tree: TrajectoryTree, *, stop_as_child: bool = True) -> Bran
 
     slot = jnp.arange(num_slots, dtype=jnp.int32)
     mask = slot < past[-1]
-    owner = jnp.searchsorted(past, slot, side="right", method="compare_all").astype(jnp.int32)
-    owner = jnp.where(mask, owner, 0)
+    begins = jnp.zeros((num_slots,), jnp.int32).at[first_slot].add(1, mode="drop")
+    owner = jnp.where(mask, jnp.cumsum(begins, dtype=jnp.int32) - 1, 0)
     owner_node = node[owner]
     offset = slot - first_slot[owner] - stop[owner_node]
     is_stop = mask & (offset < 0)
