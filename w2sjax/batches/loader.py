@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Literal, NamedTuple, Protocol
 
@@ -96,7 +96,7 @@ class BatchLoader:
     def __init__(
         self,
         items: SequenceOf,
-        take,
+        take: Callable[[SequenceOf], tuple[SequenceOf[Sequence], SequenceOf[Part]]],
         *,
         per_batch: int,
         total_steps: int,

@@ -265,9 +265,8 @@ def fill_rows(
             tokens[row, offset:end] = sequence.tokens[shared:]
             positions[row, offset:end] = columns[shared:length]
             path[shared:length] = columns[offset:end]
-            predecessor[row, offset:end] = path[shared - 1 : length - 1] if shared else 0
-            if not shared:
-                predecessor[row, offset + 1 : end] = columns[offset : end - 1]
+            first = max(shared, 1)  # nothing comes before a path's first token
+            predecessor[row, offset + first - shared : end] = path[first - 1 : length - 1]
             learned = sequence.learned
             loss_weight[row, path[learned]] += sequence.weights[learned]
             loss_count[row, path[learned]] += 1

@@ -108,7 +108,9 @@ def row_axes(num_rows: int) -> tuple[str, ...]:
 
 
 def tensor_axis(*sizes: int) -> str | None:
-    """ "tensor" where the set mesh splits dimensions of these sizes by it, else None."""
+    """The axis of the set mesh that splits dimensions of these sizes, "tensor", or None where it
+    cannot split them all or no mesh is set.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     ways = 1 if mesh.empty else mesh.shape.get("tensor", 1)
     return "tensor" if ways > 1 and not any(size % ways for size in sizes) else None
