@@ -4,7 +4,6 @@ With --plan it only says how much memory the config needs on each device.
 """
 
 import os
-import signal
 import sys
 
 # XLA on CPU allocates a program's temporary arrays anew at every call, and the kernel has to hand
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> None:
         sys.exit("\n".join([f"error: {error}", *getattr(error, "__notes__", ())]))
     except train.TrainingInterrupted as stopped:
         print(stopped, file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")
 

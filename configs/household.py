@@ -61,6 +61,7 @@ def _smoke(c) -> None:
     c.pretrain.random_high = 0.3
     c.pretrain.trajectories = 3
     c.batches.shapes = 1
+    c.batches.round_to = 256
     c.pretrain.weak_steps = 250
     c.pretrain.strong_steps = 40  # equal steps, rates and batches where possible: compiled once
     c.weak.steps = 40

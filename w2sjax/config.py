@@ -124,6 +124,9 @@ def default_config() -> ml_collections.ConfigDict:
     # in a row of its own, with the same losses, for comparison and debugging
     c.batches.packing = "tree"
     c.batches.shapes = 3  # row lengths that a training may use, a program to compile for each
+    # they are multiples of this: trainings share programs more often where it is large, and pad
+    # more
+    c.batches.round_to = 64
 
     # one budget for every method: optimizer steps at equal batch
     c.train = ml_collections.ConfigDict()
@@ -235,6 +238,7 @@ _POSITIVE = (
     "train.accumulate",
     "train.pairs",
     "batches.shapes",
+    "batches.round_to",
     "train.beta",
     "train.clip_norm",
     "train.checkpoint_every",

@@ -87,22 +87,27 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert metrics.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
-def test_sigterm_finishes_the_update_saves_and_stops(tmp_path, train_step, uninterrupted):
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_update_saves_and_stops(signum, tmp_path, train_step, uninterrupted):
     """At log_every = 2, update 2 is reported during update 4, whose end is past: 5 is the last."""
 
     def terminate(step, total, metrics):
         if step == 2:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signum)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("not for the caller's handler"))
+    before = signal.signal(signum, lambda *_: pytest.fail("not for the caller's handler"))
     try:
-        mine = signal.getsignal(signal.SIGTERM)
+        mine = signal.getsignal(signum)
         with pytest.raises(TrainingInterrupted, match="after update 5 of 12; the state is in") as e:
             tiny_lm.run(tmp_path, train_step=train_step, on_step=terminate, checkpoint_every=100)
-        assert signal.getsignal(signal.SIGTERM) is mine
+        assert signal.getsignal(signum) is mine
     finally:
-        signal.signal(signal.SIGTERM, before)
-    assert e.value.step == 5 and str(tmp_path / "checkpoints") in str(e.value)
+        signal.signal(signum, before)
+    assert (
+        e.value.step == 5
+        and e.value.signum == signum
+        and str(tmp_path / "checkpoints") in str(e.value)
+    )
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
     with TrainCheckpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.steps() == [5]

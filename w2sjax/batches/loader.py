@@ -107,12 +107,14 @@ class BatchLoader:
         num_rows: int,
         packing: Packing,
         num_shapes: int,
+        round_to: int,
     ):
         for name, size in (
             ("total_steps", total_steps),
             ("micro_batches", micro_batches),
             ("num_rows", num_rows),
             ("num_shapes", num_shapes),
+            ("round_to", round_to),
         ):
             _check_positive(name, size)
         if packing not in PACKINGS:
@@ -136,10 +138,11 @@ class BatchLoader:
         self._micro_batches, self._num_rows, self.packing = micro_batches, num_rows, packing
         self._real = self._laid_out = 0  # tokens of all sequences, and of their tries
         needs = [self._need(step) for step in range(total_steps)]
+        needs = [(_round_up(length, round_to), entries) for length, entries in needs]
         ends = choose_lengths([length for length, _ in needs], num_shapes)
         # Row length → path entries; one compiled program each.
         self.shapes = {
-            end: _rounded(max(entries for length, entries in needs if length <= end))
+            end: _round_up(max(entries for length, entries in needs if length <= end), round_to)
             for end in ends
         }
         self._lengths = [next(end for end in ends if length <= end) for length, _ in needs]
@@ -244,8 +247,7 @@ class BatchLoader:
 
 def round_length(tokens: int) -> int:
     """A row length that fits so many tokens: a multiple of 64, above 512 of 128."""
-    step = 64 if tokens <= 512 else 128
-    return -(-tokens // step) * step
+    return _round_up(tokens, 64 if tokens <= 512 else 128)
 
 
 def shortest_rows(prefixes: Prefixes, num_rows: int) -> tuple[list[list[int]], int]:
@@ -307,6 +309,7 @@ def sft_batches(
     num_rows: int = 1,
     packing: Packing = "tree",
     num_shapes: int = 3,
+    round_to: int = 64,
 ) -> BatchLoader:
     """A loader of sequences, for losses over single tokens.
 
@@ -323,6 +326,8 @@ def sft_batches(
         With packing "none", S is the number of sequences rounded up to a multiple of it.
       packing: see `Packing`.
       num_shapes: how many row lengths may be used, each a program to compile.
+      round_to: row lengths and path entries are rounded up to multiples of it: trainings whose data
+        differ share programs more often, and pad more.
 
     Returns:
       A loader whose `batch(step)` works at any step of the schedule, in any order.
@@ -346,6 +351,7 @@ def sft_batches(
         num_rows=num_rows,
         packing=packing,
         num_shapes=num_shapes,
+        round_to=round_to,
     )
 
 
@@ -362,6 +368,7 @@ def preference_batches(
     num_rows: int = 1,
     packing: Packing = "tree",
     num_shapes: int = 3,
+    round_to: int = 64,
 ) -> BatchLoader:
     """A loader of preference pairs. The paths of a (micro-)batch of P pairs are those of
     `pair_parts`: 0 … P−1 the chosen sides after the parting, P … 2P−1 the rejected ones, 2P … 3P−1
@@ -370,7 +377,8 @@ def preference_batches(
     Args:
       pairs: the data set; a pair's index is its place here.
       pairs_per_batch: pairs of every batch.
-      total_steps, seed, max_length, groups, packing, num_rows, num_shapes: as in `sft_batches`.
+      total_steps, seed, max_length, groups, packing, num_rows, num_shapes, round_to: as in
+        `sft_batches`.
       extras: per-pair arrays (leading axis: all pairs), such as the reference's log-probabilities;
         each batch carries its own pairs' entries, and `path_tokens` int32 [P, 3], how many learned
         tokens each pair's three paths have.
@@ -401,6 +409,7 @@ def preference_batches(
         num_rows=num_rows,
         packing=packing,
         num_shapes=num_shapes,
+        round_to=round_to,
     )
 
 
@@ -409,9 +418,8 @@ def _path_tokens(pair: PairSequences) -> tuple[int, int, int]:
     return len(pair.chosen.learned) - shared, len(pair.rejected.learned) - shared, shared
 
 
-def _rounded(entries: int) -> int:
-    """Path entries up to a multiple of 128, so that schedules share their programs more often."""
-    return -(-entries // 128) * 128
+def _round_up(size: int, step: int) -> int:
+    return -(-size // step) * step
 
 
 def _check_sequences(sequences: SequenceOf[Sequence], max_length: int | None, name: str) -> None:

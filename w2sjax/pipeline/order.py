@@ -65,7 +65,7 @@ def run(
       on.
       OSError: the workdir cannot be written.
       FloatingPointError: a loss became NaN or infinite; the last good checkpoint is kept.
-      TrainingInterrupted: SIGTERM came during training; the same call goes on from there.
+      TrainingInterrupted: SIGTERM or Ctrl-C came during training; the same call goes on from there.
     """
     workdir = absolute_path(workdir)
     problem = settings = None

@@ -155,6 +155,7 @@ class Training:
             num_rows=self._shards,
             packing=c.batches.packing,
             num_shapes=c.batches.shapes,
+            round_to=c.batches.round_to,
         )
 
     @staticmethod

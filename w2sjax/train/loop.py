@@ -54,8 +54,9 @@ def fit(
     device at every update: metrics are fetched every `log_every` updates, all but the newest, and
     before each checkpoint.
 
-    With checkpoints, SIGTERM ends a run in good order: the running update is finished and saved,
-    and `TrainingInterrupted` raised. Several processes (`jax.distributed`) each make the same call,
+    With checkpoints, SIGTERM or SIGINT ends a run in good order: the running update is finished and
+    saved, and `TrainingInterrupted` raised. Several processes (`jax.distributed`) each make the
+    same call,
     with a mesh over all devices and directories that all of them see; the state is written by all,
     the metrics by process 0.
 
@@ -83,7 +84,7 @@ def fit(
       FitResult.
 
     Raises:
-      TrainingInterrupted: after SIGTERM, when the state is saved.
+      TrainingInterrupted: after such a signal, when the state is saved.
       FloatingPointError: if loss or gradient norm is NaN or infinite; step and the batch's ids are
         named, and no checkpoint holds anything of it.
       ValueError: on arguments that do not go together, or a checkpoint past `total_steps`.
@@ -143,8 +144,8 @@ def fit(
                 log.close()
             if checkpoints is not None:
                 checkpoints.close()
-    if termination.noted:
-        raise TrainingInterrupted(done, total_steps, checkpoints.directory)
+    if termination.noted is not None:
+        raise TrainingInterrupted(done, total_steps, checkpoints.directory, termination.noted)
     return FitResult(state=state, start_step=start_step, metrics=log.last)
 
 

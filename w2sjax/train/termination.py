@@ -1,4 +1,4 @@
-"""SIGTERM during a run: noted at once, acted upon between two updates."""
+"""SIGTERM or Ctrl-C during a run: noted at once, acted upon between two updates."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 
 class TrainingInterrupted(Exception):
-    """SIGTERM stopped a run; its state was saved, and the same call goes on from there."""
+    """A signal stopped a run; its state was saved, and the same call goes on from there."""
 
-    def __init__(self, step: int, total_steps: int, directory: str | os.PathLike[str]):
+    def __init__(self, step: int, total_steps: int, directory: str | os.PathLike[str], signum: int):
+        name = signal.Signals(signum).name
         super().__init__(
-            f"SIGTERM stopped training after update {step} of {total_steps}; the state is in "
+            f"{name} stopped training after update {step} of {total_steps}; the state is in "
             f"{directory}, and the same run, started again, goes on from it."
         )
+        self.signum = signum
         self.step = step  # updates made and saved
         self.total_steps = total_steps
 
@@ -26,36 +29,48 @@ class TrainingInterrupted(Exception):
 class Termination:
     """Whether the process was asked to end; use as a context manager around the updates.
 
-    A single process notes SIGTERM with a handler of its own, in the main thread alone (Python
-    allows no other) and only inside the context; the previous handler is back afterwards. With
-    several processes the handler of `jax.distributed` notes it, and all of them learn at the same
-    step that one of them got it.
+    A single process notes SIGTERM and SIGINT with a handler of its own, in the main thread alone
+    (Python allows no other) and only inside the context; the previous handlers are back afterwards,
+    that of SIGINT as soon as one was noted, so that a second Ctrl-C ends at once. (Noting is also
+    the safe way: a KeyboardInterrupt raised inside a callback of the garbage collector is lost.)
+    With several processes the handler of `jax.distributed` notes SIGTERM, and all of them learn at
+    the same step that one of them got it.
     """
 
     def __init__(self, *, active: bool):
-        self.noted = False
+        self.noted: int | None = None  # the signal
         self._active = active
         self._several = jax.process_count() > 1
-        self._previous = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Termination:
         in_main_thread = threading.current_thread() is threading.main_thread()
-        # None: a handler that Python did not install, and so cannot put back.
         if self._active and not self._several and in_main_thread:
-            self._previous = signal.getsignal(signal.SIGTERM)
-            if self._previous is not None:
-                signal.signal(signal.SIGTERM, self._note)
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                previous = signal.getsignal(signum)
+                # None: a handler that Python did not install, and so cannot put back. An ignored
+                # SIGINT (of a job in the background) stays ignored.
+                if previous not in (None, signal.SIG_IGN):
+                    self._previous[signum] = previous
+                    signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
     def after(self, step: int) -> bool:
         """Whether to stop after this update; with several processes all get the same answer."""
-        if self._active and self._several:
-            self.noted = self.noted or multihost_utils.reached_preemption_sync_point(step)
-        return self.noted
+        if (
+            self._active
+            and self._several
+            and self.noted is None
+            and multihost_utils.reached_preemption_sync_point(step)
+        ):
+            self.noted = signal.SIGTERM
+        return self.noted is not None
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.noted = True
+        self.noted = signum
+        if signum == signal.SIGINT:  # a second one is for whoever handled it before
+            signal.signal(signum, self._previous.pop(signum))
