@@ -15,6 +15,7 @@ from w2sjax.envs import EnvFailure, Outcome, Reset
 from w2sjax.losses import score_from_logits
 from w2sjax.models import ModelConfig, init_params, make_policy
 from w2sjax.sampling import (
+    DecodeWork,
     EpisodeRequest,
     SamplerSettings,
     TrajectoryWriter,
@@ -43,9 +44,23 @@ class Corridor:
         self.max_steps = max_steps
         self.places = {}
         self.stepped = []
+        self.answers = {}
+        self.rng = random.Random(0)
 
-    def reset(self, requests):
-        return {slot: self._reset(slot, task) for slot, task in requests.items()}
+    def submit(self, operation, requests):
+        """Answers come in no particular order, and some only when they are waited for."""
+        perform = self._reset if operation == "reset" else self._step
+        for slot, argument in requests.items():
+            assert slot not in self.answers
+            self.answers[slot] = perform(slot, argument)
+
+    def poll(self, *, wait_s=None):
+        slots = [slot for slot in self.answers if wait_s is None or not self.rng.randrange(2)]
+        return {slot: self.answers.pop(slot) for slot in slots}
+
+    @property
+    def outstanding(self):
+        return len(self.answers)
 
     def _reset(self, slot, task):
         if task == "reset breaks":
@@ -53,9 +68,6 @@ class Corridor:
         self.places[slot] = 0
         first = "echo " * 400 if task == "long start" else f"You are at 0. Task: {task}."
         return Reset(first_observation=first, instruction="Walk.", max_steps=self.max_steps)
-
-    def step(self, requests):
-        return {slot: self._step(slot, action) for slot, action in requests.items()}
 
     def _step(self, slot, action):
         self.stepped.append(action)
@@ -81,34 +93,44 @@ class Scripted:
         stop_ids = _template().stop_ids
         self.settings = SamplerSettings(self.max_length, 40, stop_ids)
         self.contexts = None
-        self.widths = []
+        self.speaking = []
+        self.rng = random.Random(1)
 
     def init(self):
         return [[] for _ in range(self.num_slots)]
 
-    def turn(self, params, state, chunk, chunk_length, reset, keys):
-        self.widths.append(chunk.shape[1])
-        num_slots = self.num_slots
-        out = dict(
-            tokens=np.zeros((num_slots, 40), np.int32),
-            length=np.zeros(num_slots, np.int32),
-            logp=np.zeros(num_slots, np.float32),
-            truncated=np.zeros(num_slots, bool),
-            full=np.zeros(num_slots, bool),
-        )
+    def feed(self, params, state, chunk, chunk_length, reset, keys):
         contexts = [[] if new else old for new, old in zip(reset, state, strict=True)]
         for slot in np.flatnonzero(chunk_length):
             contexts[slot] = contexts[slot] + chunk[slot, : chunk_length[slot]].tolist()
             assert len(contexts[slot]) < self.max_length
+            self.speaking.append(slot)
+        return contexts
+
+    def decode(self, params, contexts, *, until=None, max_steps=None):
+        """Answers end in no particular order."""
+        num_slots = self.num_slots
+        out = dict(
+            ended=np.zeros(num_slots, bool),
+            tokens=np.zeros((num_slots, 40), np.int32),
+            length=np.zeros(num_slots, np.int32),
+            logps=np.zeros((num_slots, 40), np.float32),
+            truncated=np.zeros(num_slots, bool),
+            full=np.zeros(num_slots, bool),
+        )
+        self.rng.shuffle(self.speaking)
+        ending, self.speaking = self.speaking[:until], self.speaking[until or num_slots :]
+        for slot in ending:
             said = self.say(_template().tokenizer.decode(contexts[slot]))
             if isinstance(said, str):
                 said = (_template().encode_answer(said), False, False, -1.0)
-            ids, out["truncated"][slot], out["full"][slot], out["logp"][slot] = said
+            ids, out["truncated"][slot], out["full"][slot], out["logps"][slot, 0] = said
             out["tokens"][slot, : len(ids)] = ids
             out["length"][slot] = len(ids)
+            out["ended"][slot] = True
             contexts[slot] = contexts[slot] + list(ids)
         self.contexts = contexts
-        return contexts, TurnResult(**out)
+        return contexts, TurnResult(**out), DecodeWork(1, len(ending))
 
 
 def _play(sampler, pool, requests, params=None, seed=0, **more):
@@ -140,7 +162,7 @@ def test_the_environments_verdict_ends_an_episode():
     assert (episode.score, episode.instruction) == (1.0, "Walk.")
     assert all(s.answer == "Action: right" and s.answer_logp == -1.0 for s in episode.steps)
     assert all(list(s.answer_ids) == _template().encode_answer(s.answer) for s in episode.steps)
-    assert (stats.episodes, stats.turns, stats.malformed, stats.rounds) == (1, 3, 0, 3)
+    assert (stats.episodes, stats.turns, stats.malformed, stats.steps) == (1, 3, 0, 3)
     assert stats.sampled_tokens == sum(len(s.answer_ids) for s in episode.steps)
 
     episode, *_ = _one(lambda context: "Thought: hm.\nAction: left")
@@ -251,16 +273,15 @@ def test_every_request_ends_once_however_many_break():
 
 def test_no_requests_no_work():
     done, stats = _play(Scripted(2, lambda context: "x"), Corridor(2), [])
-    assert (done, stats.episodes, stats.rounds) == ([], 0, 0)
+    assert (done, stats.episodes, stats.steps) == ([], 0, 0)
 
 
-def test_slots_are_refilled_at_once_and_chunks_have_few_widths():
-    requests = [EpisodeRequest(f"task {i}", 0) for i in range(40)]
-    sampler = Scripted(4, lambda context: "Action: right")
-    _, stats = _play(sampler, Corridor(4), requests)
-    assert stats.turns == 40 * 3
-    assert stats.slot_rounds == stats.rounds * 4 == stats.turns  # no slot was ever idle
-    assert set(sampler.widths) <= {16, 32}
+def test_slots_are_refilled_and_repetitions_are_counted():
+    requests = [EpisodeRequest(f"task {i % 10}", i // 10) for i in range(40)]
+    _, stats = _play(Scripted(4, lambda context: "Action: right"), Corridor(4), requests)
+    assert stats.turns == stats.speaking == 40 * 3
+    assert stats.slot_steps == stats.steps * 4
+    assert stats.repeated == 30
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from w2sjax.models import ModelConfig, init_params, make_policy
+from w2sjax.sampling import draw as draw_lib
 from w2sjax.sampling import sampler as sampler_lib
+from w2sjax.sampling import slots as layout
 from w2sjax.sampling.sampler import SamplerSettings, make_sampler
 from w2sjax.types import Policy
 
@@ -251,28 +253,206 @@ def test_shapes_are_compiled_once():
     assert fake.traces == 2  # one chunk, one decode step
 
 
-def test_draws_follow_temperature_and_top_p():
+def test_draws_follow_temperature_and_filters():
     logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -30.0])
     keys = _keys(*range(20_000))
     rows = np.broadcast_to(np.float32(logits), (20_000, 6))
-    draw = jax.jit(sampler_lib._draw)
-    uniform = sampler_lib._uniforms(keys, count=2)[:, 1]
-    for temperature, top_p, kept in ((0.5, 1.0, 6), (1.0, 0.8, 3), (2.0, 0.1, 1)):
-        tokens, logp = draw(rows, uniform, np.float32(temperature), np.float32(top_p))
-        probs = np.exp(logits / temperature)
+    draw = jax.jit(draw_lib.draw)
+    uniform = draw_lib.uniforms(keys, count=2)[:, 1]
+    cases = [
+        (dict(temperature=0.5), 6),
+        (dict(top_p=0.8), 3),
+        (dict(temperature=2.0, top_p=0.1), 1),
+        (dict(top_k=2), 2),
+        (dict(top_k=4, top_p=0.9), 3),  # of what top-k left, three have nine tenths
+        (dict(min_p=0.2), 3),
+        (dict(temperature=2.0, min_p=0.2), 5),
+    ]
+    for changes, kept in cases:
+        tokens, logps = draw(rows, uniform, _settings(**changes).filters)
+        probs = np.exp(logits / changes.get("temperature", 1.0))
         probs[kept:] = 0.0
         probs /= probs.sum()
         frequency = np.bincount(tokens, minlength=6) / 20_000
         np.testing.assert_allclose(frequency, probs, atol=0.012)
         assert (frequency[kept:] == 0).all()
-        np.testing.assert_allclose(logp, _log_softmax(logits)[np.asarray(tokens)], atol=1e-5)
+        np.testing.assert_allclose(logps, _log_softmax(logits)[np.asarray(tokens)], atol=1e-5)
 
 
 def test_the_token_at_step_j_is_drawn_from_the_key_folded_with_j():
-    uniforms = sampler_lib._uniforms(_keys(4, 5), count=3)
+    uniforms = draw_lib.uniforms(_keys(4, 5), count=3)
     for slot, step in np.ndindex(2, 3):
         expected = jax.random.uniform(jax.random.fold_in(_keys(4, 5)[slot], step))
         assert uniforms[slot, step] == expected
+
+
+def _start(sampler, state, slots, length=4, seed=0):
+    """Feeds some slots the first tokens of a prompt, as new episodes."""
+    count = sampler.num_slots
+    chunk = np.random.default_rng(seed).integers(4, VOCAB, (count, length))
+    fed = np.isin(np.arange(count), slots)
+    return sampler.feed(None, state, chunk, fed * length, fed, _keys(*range(count)))
+
+
+def test_turns_begin_and_end_in_each_slot_on_their_own():
+    """Slots that are fed one after the other, and heard of a few at a time, say what they say when
+    all take their turns together."""
+    sampler = make_sampler(HashPolicy().policy, _settings(max_new_tokens=12), num_slots=6)
+    chunk = np.random.default_rng(0).integers(4, VOCAB, (6, 4))
+    everyone = np.ones(6, bool)
+    state, wanted = sampler.turn(
+        None, sampler.init(), chunk, 4 * everyone, everyone, _keys(*range(6))
+    )
+    contexts = [_cached_context(state, slot) for slot in range(6)]
+    state, told, steps, busy = sampler.init(), [], 0, 0
+    for slot in range(6):
+        state = _start(sampler, state, [slot])
+        assert not state.told[slot]
+        state, result, work = sampler.decode(None, state, until=1, max_steps=2)
+        steps, busy = steps + work.steps, busy + work.busy
+        assert work.steps <= 2
+        told.append(result)
+    while state.going.any():
+        before = state.going.sum()
+        state, result, work = sampler.decode(None, state, until=1)
+        steps, busy = steps + work.steps, busy + work.busy
+        assert state.going.sum() < before
+        told.append(result)
+    assert sum(result.ended.astype(int) for result in told).tolist() == [1] * 6
+    for field in ("tokens", "length", "logps", "truncated"):
+        parts = sum(np.asarray(getattr(result, field), float) for result in told)
+        np.testing.assert_allclose(parts, np.asarray(getattr(wanted, field), float), atol=1e-6)
+    assert [_cached_context(state, slot) for slot in range(6)] == contexts
+    for slot, context in enumerate(contexts):
+        assert state.contexts[slot, : state.length[slot]].tolist() == context
+    # The first token of an answer comes with its chunk.
+    assert busy == sum(wanted.length - 1) and steps <= busy
+    with pytest.raises(ValueError, match="slot 2, whose answer has not ended"):
+        bare = HashPolicy(bonus=jnp.where(jnp.arange(VOCAB) == STOP, -100.0, 0.0)).policy
+        sampler = make_sampler(bare, _settings(), num_slots=6)
+        _start(sampler, _start(sampler, sampler.init(), [2]), [1, 2])
+
+
+def test_stop_sequences_end_answers_and_belong_to_them():
+    fake = HashPolicy()
+    _, plain = make_sampler(fake.policy, _settings(max_new_tokens=30), num_slots=16).turn(
+        None, _init(fake, 16), *_prompts(16)
+    )
+    answers = [plain.tokens[i, : plain.length[i]].tolist() for i in range(16)]
+    long = next(answer for answer in answers if len(answer) > 6)
+    sequences = ((long[2], long[3]), (9, 9, 9, 9, 9))
+    settings = _settings(max_new_tokens=30, stop_sequences=sequences)
+    _, result = make_sampler(fake.policy, settings, num_slots=16).turn(
+        None, _init(fake, 16), *_prompts(16)
+    )
+    cut = 0
+    for i, answer in enumerate(answers):
+        ends = [j + 2 for j in range(len(answer)) if tuple(answer[j : j + 2]) == sequences[0]]
+        wanted = answer[: ends[0]] if ends else answer
+        cut += len(wanted) < len(answer)
+        assert result.tokens[i, : result.length[i]].tolist() == wanted
+        assert result.truncated[i] == (not ends and answer[-1] != STOP)
+    assert cut
+
+
+def _init(fake, slots):
+    return make_sampler(fake.policy, _settings(max_new_tokens=30), num_slots=slots).init()
+
+
+def _prompts(slots):
+    chunk = np.random.default_rng(3).integers(4, VOCAB, (slots, 5))
+    return chunk, np.full(slots, 5), np.ones(slots, bool), _keys(*range(slots))
+
+
+class CountingPolicy(HashPolicy):
+    """Notes how many tokens the cached pass was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.computed = 0
+
+    def decode(self, params, cache, tokens, start, last):
+        jax.debug.callback(self._count, last)
+        return super().decode(params, cache, tokens, start, last)
+
+    def _count(self, last):
+        self.computed += int((last + 1).sum())
+
+
+def test_what_prompts_have_in_common_is_computed_once():
+    """An instruction, four tasks, four rollouts each: all answers as without sharing."""
+    fake, slots = CountingPolicy(), 16
+    rng = np.random.default_rng(0)
+    instruction, tasks = rng.integers(4, VOCAB, 24), rng.integers(4, VOCAB, (4, 20))
+    chunk = np.stack([np.concatenate([instruction, tasks[slot // 4]]) for slot in range(slots)])
+    settings = _settings(max_length=80, max_new_tokens=1)
+    sampler = make_sampler(fake.policy, settings, num_slots=slots)
+    arguments = chunk, np.full(slots, 44), np.ones(slots, bool), _keys(*range(slots))
+    state, result = sampler.turn(None, sampler.init(), *arguments)
+    jax.effects_barrier()
+    # The first slot computes all; the first of each other task its own 20; the rest a token each.
+    assert fake.computed == 44 + 3 * 20 + 12
+    for slot in range(slots):
+        assert _cached_context(state, slot)[:44] == chunk[slot].tolist()
+        alone = make_sampler(fake.policy, settings, num_slots=1)
+        _, wanted = alone.turn(
+            None, alone.init(), chunk[slot : slot + 1], np.array([44]), np.ones(1, bool),
+            _keys(slot),
+        )  # fmt: skip
+        assert result.tokens[slot].tolist() == wanted.tokens[0].tolist()
+    # Later episodes take over what older ones left, from slots that are not speaking too.
+    jax.effects_barrier()
+    fake.computed = 0
+    state, _ = sampler.turn(
+        None, state, chunk[::-1], np.where(np.arange(slots) < 2, 44, 0),
+        np.arange(slots) < 2, _keys(*range(slots)),
+    )  # fmt: skip
+    jax.effects_barrier()
+    assert fake.computed == 2
+
+
+def test_waves_copy_only_what_is_there():
+    """Whoever copies, copies a true prefix from a slot that holds it by then."""
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        slots = int(rng.integers(1, 12))
+        contexts = rng.integers(0, 2, (slots, 40)) * (rng.random((slots, 1)) < 0.5)
+        cached = rng.integers(0, 41, slots)
+        starting = np.flatnonzero(rng.random(slots) < 0.6)
+        prompts = {}
+        for slot in starting:
+            prompt = np.zeros(int(rng.integers(1, 40)), int)
+            prompt[int(rng.integers(len(prompt))) :] = rng.integers(0, 3)
+            prompts[int(slot)] = prompt
+        held = {slot: contexts[slot, : cached[slot]] for slot in range(slots)}
+        for slot in prompts:
+            held[slot] = contexts[slot, :0]
+        seen = []
+        for copies, members in layout.plan_copies(prompts, contexts, cached):
+            assert {copy.target for copy in copies} <= set(members)
+            for source, target, tokens in copies:
+                assert layout.LEAST_SHARED <= tokens < len(prompts[target])
+                assert held[source][:tokens].tolist() == prompts[target][:tokens].tolist()
+            held |= {slot: prompts[slot] for slot in members}
+            seen += members
+        assert sorted(seen) == sorted(prompts)
+
+
+def test_long_chunks_are_cut_and_groups_hold_everyone():
+    tokens = np.arange(layout.WIDEST * 2 + 5)
+    pieces = layout.cut(3, 10, tokens)
+    assert [piece.start for piece in pieces] == [10, 10 + layout.WIDEST, 10 + 2 * layout.WIDEST]
+    assert np.concatenate([piece.tokens for piece in pieces]).tolist() == tokens.tolist()
+    assert [piece.last for piece in pieces] == [False, False, True]
+    rng = np.random.default_rng(0)
+    for slots in (1, 8, 64):
+        some = [
+            layout.Piece(int(slot), 0, np.zeros(int(rng.integers(1, 300))), True)
+            for slot in rng.permutation(slots)[: 1 + slots // 2]
+        ]
+        groups = list(layout.form_groups(some, slots))
+        assert sorted(p.slot for group in groups for p in group) == sorted(p.slot for p in some)
+        assert all(layout.width_of(group) >= len(p.tokens) for group in groups for p in group)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 4, 37])
@@ -282,7 +462,7 @@ def test_inversion_is_the_cumulative_distribution(vocab):
     probs[:, rng.integers(vocab)] *= vocab == 1
     uniform = rng.random(64, np.float32)
     uniform[:2] = 0.0, np.nextafter(np.float32(1), np.float32(0))
-    drawn = np.asarray(jax.jit(sampler_lib._invert)(probs, uniform))
+    drawn = np.asarray(jax.jit(draw_lib.invert)(probs, uniform))
     sums = np.cumsum(probs, axis=1, dtype=np.float64)
     target = uniform * sums[:, -1]
     for row, token in enumerate(drawn):
@@ -295,7 +475,7 @@ def test_nucleus_is_the_smallest_sufficient_set():
     rng = np.random.default_rng(0)
     probs = rng.dirichlet(np.full(40, 0.3), 50).astype(np.float32)
     for top_p in (0.05, 0.5, 0.9, 0.999):
-        kept = np.asarray(sampler_lib._nucleus(jnp.asarray(probs), top_p)) > 0
+        kept = np.asarray(draw_lib.keep_top_p(jnp.asarray(probs), top_p)) > 0
         for row in range(50):
             order = np.argsort(-probs[row], kind="stable")
             count = int(np.searchsorted(np.cumsum(probs[row][order]), top_p)) + 1
@@ -312,6 +492,9 @@ def test_nucleus_is_the_smallest_sufficient_set():
         ("temperature", float("nan")),
         ("top_p", 0.0),
         ("top_p", 1.5),
+        ("top_k", -1),
+        ("min_p", 1.1),
+        ("stop_sequences", ((),)),
     ],
 )
 def test_impossible_settings_name_the_field(field, value):

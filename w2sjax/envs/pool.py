@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from w2sjax.envs.base import Outcome
 from w2sjax.envs.players import PlayedEpisode
@@ -48,6 +48,17 @@ class PlayRequest:
     task_id: str
     random_action_rate: float = 0.0
     seed: int = 0
+
+
+Operation = Literal["reset", "step", "actions"]
+Answer = Reset | Outcome | list[str] | EnvFailure
+_MAKE: Mapping[str, Any] = {"reset": Reset, "step": Outcome, "actions": list}
+
+
+class _Async(NamedTuple):
+    """Whose request one of `EnvPool.submit` is."""
+
+    slot: int
 
 
 class _Worker:
@@ -104,7 +115,6 @@ class _Worker:
 
     def ask(self, requests: list[tuple[int, str, int | None, Any]]) -> None:
         """Sends requests; one that cannot be sent shows as a dead process when replies are read."""
-        self.heard = time.monotonic()
         try:
             self.connection.send(requests)
         except OSError:
@@ -171,6 +181,8 @@ class EnvPool:
         self._workers: list[_Worker] = []
         self._local: SlotEnvs | None = None
         self._closed = False
+        self._owing: dict[int, str] = {}  # slot → the operation that `submit` asked for
+        self._answers: list[tuple[int, Answer]] = []  # that `poll` has not returned
         self._call = 0  # counts calls, so that an interrupted `play` can tell
         if num_workers == 0:
             self._local = SlotEnvs(name, self._options)
@@ -197,8 +209,14 @@ class EnvPool:
           ValueError: the environment's own complaint about the split or the count.
           RuntimeError: the environment broke.
         """
+        self._drop_stale()
         slot = next((slot for slot in range(self.num_slots) if slot not in self._running), 0)
-        [(_, reply)] = self._exchange({slot: ("task_ids", (split, count))})
+        request = ("task_ids", slot, (split, count))
+        if self._local is not None:
+            reply = self._local.handle(*request, _no_beat)
+        else:
+            self._submit(slot % len(self._workers), {slot: request})
+            [(_, reply)] = self._collect()
         if reply[0] == "wrong":
             raise ValueError(reply[1])
         if reply[0] == "failure":
@@ -214,20 +232,7 @@ class EnvPool:
         Returns:
           slot → the start of its episode, or what broke.
         """
-        self._check_slots(requests)
-        results: dict[int, Reset | EnvFailure] = {}
-        for slot in requests:
-            self._running.discard(slot)
-            self._lost.pop(slot, None)
-        for slot, (kind, *details) in self._exchange(
-            {slot: ("reset", task_id) for slot, task_id in requests.items()}
-        ):
-            if kind == "failure":
-                results[slot] = self._fail(slot, details[0])
-            else:
-                self._running.add(slot)
-                results[slot] = Reset(*details)
-        return results
+        return self._ask("reset", requests)
 
     def step(self, requests: Mapping[int, str]) -> dict[int, Outcome | EnvFailure]:
         """Performs one action in each of some slots.
@@ -241,11 +246,96 @@ class EnvPool:
         Raises:
           ValueError: a slot in which no episode was started.
         """
-        return self._ask_running(requests, "step", lambda *details: Outcome(*details))
+        return self._ask("step", requests)
 
     def admissible_actions(self, slots: Collection[int]) -> dict[int, list[str] | EnvFailure]:
         """The admissible actions of some slots; like `step` in all else."""
-        return self._ask_running(dict.fromkeys(slots), "actions", list)
+        return self._ask("actions", dict.fromkeys(slots))
+
+    def submit(self, operation: Operation, requests: Mapping[int, str]) -> None:
+        """Asks for resets or steps without waiting for them: `poll` returns what came of them.
+
+        Between the first `submit` and the last `poll` nothing else may be asked of the pool: what
+        is outstanding would be given up.
+
+        Args:
+          operation: "reset", with slot → task id; "step", with slot → action; or "actions", with
+            slot → anything.
+          requests: slots of which nothing is outstanding.
+
+        Raises:
+          ValueError: a slot that still owes an answer, or a step where no episode was started.
+        """
+        self._check_slots(requests)
+        if self._closed:
+            raise RuntimeError("this EnvPool is closed")
+        for slot in requests:
+            if slot in self._owing:
+                raise ValueError(f"slot {slot} still owes the answer to {self._owing[slot]!r}")
+            if operation != "reset" and slot not in self._running and slot not in self._lost:
+                raise ValueError(f"slot {slot} has no episode: call reset first")
+        batches: dict[int, dict[Hashable, tuple]] = {}
+        for slot, argument in requests.items():
+            if operation == "reset":
+                self._running.discard(slot)
+                self._lost.pop(slot, None)
+            elif slot in self._lost:
+                self._answers.append((slot, EnvFailure(self._lost[slot])))
+                continue
+            self._owing[slot] = operation
+            home = slot % len(self._workers) if self._workers else 0
+            batches.setdefault(home, {})[_Async(slot)] = (operation, slot, argument)
+        for home, batch in batches.items():
+            if self._local is None:
+                self._submit(home, batch)
+                continue
+            for key, (_, slot, argument) in batch.items():
+                self._take(key, self._local.handle(operation, slot, argument, _no_beat))
+
+    def poll(self, *, wait_s: float | None = None) -> dict[int, Answer]:
+        """What has come of `submit`.
+
+        Args:
+          wait_s: how long to wait where nothing has come yet; None waits until something has, or
+            nothing is outstanding.
+
+        Returns:
+          slot → the start of its episode, the outcome of its action, its admissible actions, or
+          what broke.
+        """
+        deadline = None if wait_s is None else time.monotonic() + wait_s
+        while not self._answers and self._owing:
+            left = None if deadline is None else deadline - time.monotonic()
+            for key, reply in self._receive(left if left is None else max(0.0, left)):
+                self._take(key, reply)
+            if left is not None and left <= 0:
+                break
+        while self._owing:  # all that is there, without waiting
+            replies = self._receive(0.0)
+            if not replies:
+                break
+            for key, reply in replies:
+                self._take(key, reply)
+        answers, self._answers = dict(self._answers), []
+        return answers
+
+    @property
+    def outstanding(self) -> int:
+        """Slots that owe an answer to `submit`, or whose answer was not polled yet."""
+        return len(self._owing) + len(self._answers)
+
+    def _take(self, key: Hashable, reply: tuple) -> None:
+        """Notes a reply to `submit`."""
+        if not isinstance(key, _Async):
+            return  # of a call that was interrupted
+        operation = self._owing.pop(key.slot)
+        kind, *details = reply
+        if kind == "failure":
+            self._answers.append((key.slot, self._fail(key.slot, details[0])))
+            return
+        if operation == "reset":
+            self._running.add(key.slot)
+        self._answers.append((key.slot, _MAKE[operation](*details)))
 
     def play(
         self, requests: Sequence[PlayRequest]
@@ -315,19 +405,12 @@ class EnvPool:
             if not 0 <= slot < self.num_slots:
                 raise ValueError(f"slot {slot}: this pool has slots 0 to {self.num_slots - 1}")
 
-    def _ask_running(self, arguments: Mapping[int, Any], operation: str, make: Any) -> dict:
-        self._check_slots(arguments)
+    def _ask(self, operation: Operation, requests: Mapping[int, Any]) -> dict[int, Any]:
+        self._drop_stale()
+        self.submit(operation, requests)
         results: dict[int, Any] = {}
-        requests = {}
-        for slot, argument in arguments.items():
-            if slot in self._lost:
-                results[slot] = EnvFailure(self._lost[slot])
-            elif slot in self._running:
-                requests[slot] = (operation, argument)
-            else:
-                raise ValueError(f"slot {slot} has no episode: call reset first")
-        for slot, (kind, *details) in self._exchange(requests):
-            results[slot] = self._fail(slot, *details) if kind == "failure" else make(*details)
+        while self.outstanding:
+            results |= self.poll()
         return results
 
     def _fail(self, slot: int, message: str) -> EnvFailure:
@@ -335,32 +418,24 @@ class EnvPool:
         self._lost[slot] = f"{self._name}: {message}"
         return EnvFailure(self._lost[slot])
 
-    def _exchange(self, requests: Mapping[int, tuple[str, Any]]) -> Iterator[tuple[int, tuple]]:
-        """Sends one request per slot; yields (slot, reply) as they come."""
-        self._drop_stale()
-        if self._local is not None:
-            for slot, (operation, argument) in requests.items():
-                yield slot, self._local.handle(operation, slot, argument, _no_beat)
-            return
-        batches: dict[int, dict[Hashable, tuple]] = {}
-        for slot, (operation, argument) in requests.items():
-            home = slot % len(self._workers)
-            batches.setdefault(home, {})[slot] = (operation, slot, argument)
-        for home, batch in batches.items():
-            self._submit(home, batch)
-        yield from self._collect()
-
     def _drop_stale(self) -> None:
         """Reads away what an interrupted call has left; refuses to work after the end."""
         if self._closed:
             raise RuntimeError("this EnvPool is closed")
         self._call += 1
+        for slot in self._owing:
+            self._running.discard(slot)
+            self._lost[slot] = "the episode was given up for another call of the pool"
+        self._owing.clear()
+        self._answers.clear()
         for _ in self._collect():
             pass
 
     def _submit(self, home: int, batch: Mapping[Hashable, tuple[str, int | None, Any]]) -> None:
         worker = self._workers[home]
         worker.await_ready()
+        if not worker.pending:  # it was idle until now
+            worker.heard = time.monotonic()
         requests = []
         for key, request in batch.items():
             serial = next(self._serials)
@@ -370,29 +445,40 @@ class EnvPool:
 
     def _collect(self) -> Iterator[tuple[Any, tuple]]:
         """Yields (key, reply) until nothing is pending; workers that die or hang are replaced."""
-        while busy := [worker for worker in self._workers if worker.pending]:
-            deadline = min(worker.heard for worker in busy) + self._timeout_s
-            heard = wait(
-                [worker.connection for worker in busy], max(0.0, deadline - time.monotonic())
-            )
-            for worker in busy:
-                if worker.connection in heard:
-                    try:
-                        serial, reply = worker.connection.recv()
-                    except (EOFError, OSError):
-                        yield from self._replace(worker, "died")
-                        continue
-                    worker.heard = time.monotonic()
-                    if reply[0] != "beat":
-                        yield worker.pending.pop(serial), reply
-                elif (
-                    time.monotonic() >= worker.heard + self._timeout_s
-                    and not worker.connection.poll()  # it may have spoken since we looked
-                ):
-                    yield from self._replace(worker, f"gave no answer for {self._timeout_s:g} s")
+        while any(worker.pending for worker in self._workers):
+            yield from self._receive(None)
 
-    def _replace(self, worker: _Worker, what: str) -> Iterator[tuple[Any, tuple]]:
-        """Kills a worker and starts another; yields a failure for each of its pending requests."""
+    def _receive(self, wait_s: float | None) -> list[tuple[Any, tuple]]:
+        """The replies (key, reply) that have come, after waiting for one for so long at most (None:
+        for as long as it takes); workers that die or hang are replaced.
+        """
+        busy = [worker for worker in self._workers if worker.pending]
+        if not busy:
+            return []
+        left = max(0.0, min(worker.heard for worker in busy) + self._timeout_s - time.monotonic())
+        heard = wait(
+            [worker.connection for worker in busy], left if wait_s is None else min(left, wait_s)
+        )
+        replies: list[tuple[Any, tuple]] = []
+        for worker in busy:
+            if worker.connection in heard:
+                try:
+                    serial, reply = worker.connection.recv()
+                except (EOFError, OSError):
+                    replies += self._replace(worker, "died")
+                    continue
+                worker.heard = time.monotonic()
+                if reply[0] != "beat":
+                    replies.append((worker.pending.pop(serial), reply))
+            elif (
+                time.monotonic() >= worker.heard + self._timeout_s
+                and not worker.connection.poll()  # it may have spoken since we looked
+            ):
+                replies += self._replace(worker, f"gave no answer for {self._timeout_s:g} s")
+        return replies
+
+    def _replace(self, worker: _Worker, what: str) -> list[tuple[Any, tuple]]:
+        """Kills a worker and starts another; returns a failure for each of its pending requests."""
         if what == "died":
             worker.process.join(_CLOSE_TIMEOUT_S)
             what = f"died (exit code {worker.kill()})"
@@ -410,8 +496,7 @@ class EnvPool:
                 "timeout_s"
             )
         self._workers[worker.index] = _Worker(worker.index, self._name, self._options)
-        for key in worker.pending.values():
-            yield key, ("failure", message)
+        return [(key, ("failure", message)) for key in worker.pending.values()]
 
 
 def _play_request(slot: int, request: PlayRequest) -> tuple[str, int, tuple]:

@@ -298,7 +298,8 @@ def _sampling_facts(shares: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         "sampled_tokens": total("sampled_tokens"),
         "model_seconds": round(total("model_seconds"), 2),
         "env_seconds": round(total("env_seconds"), 2),
-        "slot_use": round(total("turns") / max(1, total("slot_rounds")), 3),
+        "slot_use": round(total("speaking") / max(1, total("slot_steps")), 3),
+        "repeated": total("repeated"),
     }
 
 

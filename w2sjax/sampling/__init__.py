@@ -3,6 +3,7 @@
 from w2sjax.sampling.collect import CollectStats, EpisodeRequest, collect
 from w2sjax.sampling.demonstrations import play_episodes
 from w2sjax.sampling.sampler import (
+    DecodeWork,
     Sampler,
     SamplerSettings,
     SlotState,
@@ -18,6 +19,7 @@ from w2sjax.sampling.store import (
 
 __all__ = [
     "CollectStats",
+    "DecodeWork",
     "EpisodeRequest",
     "Sampler",
     "SamplerSettings",

@@ -1,9 +1,10 @@
 """Rollouts: a policy plays an environment pool, many episodes side by side.
 
-Each slot of the sampler is tied to the environment slot of the same number. A slot whose episode
-ends takes the next request at once, and shapes never change while the queue lasts. An episode is a
-function of (seed, task, rollout) alone: neither slots, nor neighbours, nor the order of requests
-matter, beyond float rounding of the logits.
+Each slot of the sampler is tied to the environment slot of the same number, and goes its own way:
+while the environments of some slots think, the model speaks in the others; a slot whose answer is
+done hands its action over at once, and one whose episode ends takes the next request. An episode is
+a function of (seed, task, rollout) alone: neither slots, nor neighbours, nor the order of requests,
+nor how fast an environment is matter, beyond float rounding of the logits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from w2sjax.envs import EnvFailure, EnvPool, Outcome, Reset
 from w2sjax.sampling.sampler import Sampler, SlotState, TurnResult
 from w2sjax.types import Status, Step, Trajectory
 
-_SMALLEST_CHUNK = 16  # chunks are padded to powers of two from here: few shapes are compiled
+_MOST_STEPS = 16  # tokens of each answer after which the environments are looked at again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +42,28 @@ class CollectStats:
 
     Attributes:
       statuses: finished episodes by status.
+      repeated: finished episodes whose answers are those of an earlier one of the same task.
       turns: answers sampled.
       malformed: answers without an action; those that were cut off count too.
       sampled_tokens: tokens sampled, ends of turn included.
       prompt_tokens: tokens of instructions and observations given to the model.
-      rounds: turns of the whole sampler.
-      slot_rounds: rounds × slots; `turns / slot_rounds` is the share of slots that were at work.
-      seconds: wall time so far; `model_seconds` and `env_seconds` are parts of it.
+      steps: passes of the model that sampled a token in the slots that were speaking.
+      slot_steps: steps × slots; `speaking / slot_steps` is the share of slots that were.
+      speaking: slots that were speaking, summed over steps.
+      seconds: wall time so far.
+      model_seconds: of them, in the model; environments in worker processes work meanwhile.
+      env_seconds: of them, waiting for environments while no slot had anything to say.
     """
 
     statuses: collections.Counter[Status] = dataclasses.field(default_factory=collections.Counter)
+    repeated: int = 0
     turns: int = 0
     malformed: int = 0
     sampled_tokens: int = 0
     prompt_tokens: int = 0
-    rounds: int = 0
-    slot_rounds: int = 0
+    steps: int = 0
+    slot_steps: int = 0
+    speaking: int = 0
     seconds: float = 0.0
     model_seconds: float = 0.0
     env_seconds: float = 0.0
@@ -78,13 +85,14 @@ class _Episode:
 
     request: EpisodeRequest
     task_hash: tuple[int, int]  # two words of 32 bits
-    instruction: str
-    first_observation: str
-    max_steps: int
-    chunk: list[int]  # tokens that the model gets next
+    instruction: str = ""
+    first_observation: str = ""
+    max_steps: int = 0
+    chunk: list[int] = dataclasses.field(default_factory=list)  # tokens that the model gets next
     context: int = 0  # tokens in the slot's context
     score: float = 0.0
     steps: list[Step] = dataclasses.field(default_factory=list)
+    said: Step | None = None  # an answer whose action the environment is performing
 
 
 def collect(
@@ -124,7 +132,7 @@ def collect(
       policy_name: recorded in the trajectories.
       seed: sampling keys are a function of (seed, task, rollout, turn, token).
       on_done: takes each finished episode; what it raises stops the collection.
-      progress: called with (finished, requested, statistics) after rounds that finished an episode.
+      progress: called with (finished, requested, statistics) now and then, after episodes ended.
 
     Returns:
       Statistics of the whole collection.
@@ -138,8 +146,7 @@ def collect(
     started = time.perf_counter()
     queue = collections.deque(requests)
     reported = 0
-    while run.refill(queue):
-        run.play_round()
+    while run.go_on(queue):
         run.stats.seconds = time.perf_counter() - started
         if progress is not None and run.stats.episodes > reported:
             reported = run.stats.episodes
@@ -208,92 +215,129 @@ class _Run:
         self._on_done = on_done
         self._key = jax.random.key(seed)
         self._state: SlotState = sampler.init()
-        self._episodes: list[_Episode | None] = [None] * sampler.num_slots
+        self._episodes: dict[int, _Episode] = {}  # slot → the episode under way
+        self._ready: set[int] = set()  # slots whose chunk the model has not got yet
+        self._speaking = 0  # slots whose answer is under way
+        # Slots whose answers end, or whose chunks come, before the others are held up for them.
+        self._few = max(1, sampler.num_slots // 8)
+        self._seen: set[bytes] = set()  # digests of (task, answers) of finished episodes
 
-    def refill(self, queue: collections.deque[EpisodeRequest]) -> bool:
-        """Starts episodes in free slots; returns whether any slot has an episode."""
-        while queue and (free := [i for i, e in enumerate(self._episodes) if e is None]):
-            starting = {slot: queue.popleft() for slot in free[: len(queue)]}
-            began = time.perf_counter()
-            answers = self._pool.reset({slot: r.task_id for slot, r in starting.items()})
-            self.stats.env_seconds += time.perf_counter() - began
-            for slot, request in starting.items():
-                self._start(slot, request, answers[slot])
-        return any(episode is not None for episode in self._episodes)
+    def go_on(self, queue: collections.deque[EpisodeRequest]) -> bool:
+        """Takes in what has come from environments, and lets the model speak for a while; returns
+        whether any episode is under way.
+        """
+        self._start(queue)
+        idle = not self._speaking and not self._ready
+        self._take_answers(wait=idle)
+        self._start(queue)
+        if self._ready and (len(self._ready) >= self._few or not self._speaking):
+            self._feed()
+        if self._speaking:
+            self._speak()
+        return bool(queue or self._episodes)
 
-    def _start(self, slot: int, request: EpisodeRequest, reset: Reset | EnvFailure) -> None:
-        failed = isinstance(reset, EnvFailure)
-        episode = _Episode(
-            request=request,
-            task_hash=_task_hash(request.task_id),
-            instruction="" if failed else reset.instruction,
-            first_observation="" if failed else reset.first_observation,
-            max_steps=0 if failed else reset.max_steps,
-            chunk=[],
-        )
-        self._episodes[slot] = episode
-        if failed:
+    def _start(self, queue: collections.deque[EpisodeRequest]) -> None:
+        """Starts episodes in free slots."""
+        free = (slot for slot in range(self._sampler.num_slots) if slot not in self._episodes)
+        starting = dict(zip(free, self._next(queue), strict=False))
+        if not starting:
+            return
+        for slot, request in starting.items():
+            self._episodes[slot] = _Episode(request, _task_hash(request.task_id))
+        self._ask("reset", {slot: request.task_id for slot, request in starting.items()})
+
+    def _next(self, queue: collections.deque[EpisodeRequest]) -> Iterator[EpisodeRequest]:
+        while queue:
+            yield queue.popleft()
+
+    def _ask(self, operation: str, requests: Mapping[int, str]) -> None:
+        began = time.perf_counter()
+        self._pool.submit(operation, requests)  # environments of this process work here and now
+        self.stats.env_seconds += time.perf_counter() - began
+
+    def _take_answers(self, *, wait: bool) -> None:
+        """Goes on where environments have answered."""
+        if not self._pool.outstanding:
+            return
+        began = time.perf_counter()
+        answers = self._pool.poll(wait_s=None if wait else 0.0)
+        self.stats.env_seconds += time.perf_counter() - began
+        for slot, answer in answers.items():
+            episode = self._episodes[slot]
+            if episode.said is None:
+                self._begin(slot, episode, answer)
+            else:
+                self._advance(slot, episode, episode.said, answer)
+
+    def _begin(self, slot: int, episode: _Episode, reset: Reset | EnvFailure) -> None:
+        if isinstance(reset, EnvFailure):
             self._finish(slot, Status.ENV_ERROR, error=reset.message)
             return
-        episode.chunk = self._template.encode_start(episode.instruction, episode.first_observation)
+        episode.instruction = reset.instruction
+        episode.first_observation = reset.first_observation
+        episode.max_steps = reset.max_steps
+        episode.chunk = self._template.encode_start(reset.instruction, reset.first_observation)
         if len(episode.chunk) >= self._sampler.settings.max_length:
             self._finish(slot, Status.TOKEN_LIMIT)
+        else:
+            self._ready.add(slot)
 
-    def play_round(self) -> None:
-        """One turn in every busy slot."""
-        result = self._sample()
-        actions: dict[int, str] = {}
-        said: dict[int, Step] = {}
-        for slot, episode in enumerate(self._episodes):
-            if episode is None:
-                continue
-            step = self._read(slot, episode, result)
-            if step is None:
-                continue
-            said[slot] = step
-            if step.action is not None:
-                actions[slot] = step.action
-        outcomes: Mapping[int, Outcome | EnvFailure] = {}
-        if actions:
-            began = time.perf_counter()
-            outcomes = self._pool.step(actions)
-            self.stats.env_seconds += time.perf_counter() - began
-        for slot, step in said.items():
-            self._advance(slot, step, outcomes.get(slot))
-
-    def _sample(self) -> TurnResult:
-        """Gives every busy slot its chunk and samples its answer."""
+    def _feed(self) -> None:
+        """Gives the model the chunks that are ready."""
         began = time.perf_counter()
         num_slots = self._sampler.num_slots
-        longest = max(len(episode.chunk) for episode in self._episodes if episode is not None)
-        width = _SMALLEST_CHUNK
-        while width < longest:
-            width *= 2
-        chunk = np.zeros((num_slots, width), np.int32)
+        chunk = np.zeros(
+            (num_slots, max(len(self._episodes[slot].chunk) for slot in self._ready)), np.int32
+        )
         length = np.zeros(num_slots, np.int32)
         reset = np.zeros(num_slots, bool)
         words = np.zeros((4, num_slots), np.uint32)
-        for slot, episode in enumerate(self._episodes):
-            if episode is None:
-                continue
+        for slot in self._ready:
+            episode = self._episodes[slot]
             length[slot] = len(episode.chunk)
             chunk[slot, : length[slot]] = episode.chunk
             reset[slot] = not episode.steps
             words[:, slot] = (*episode.task_hash, episode.request.rollout, len(episode.steps))
             episode.context += len(episode.chunk)
-        keys = _turn_keys(self._key, *words)
-        self._state, result = self._sampler.turn(
-            self._params, self._state, chunk, length, reset, keys
+        self._state = self._sampler.feed(
+            self._params, self._state, chunk, length, reset, _turn_keys(self._key, *words)
         )
-        result = jax.device_get(result)
+        self._speaking += len(self._ready)
+        self._ready.clear()
+        self.stats.turns += int((length > 0).sum())
+        self.stats.prompt_tokens += int(length.sum())
+        self.stats.model_seconds += time.perf_counter() - began
+
+    def _speak(self) -> None:
+        """Samples until a few answers have ended, or the environments have had time enough."""
+        began = time.perf_counter()
+        waits = self._pool.outstanding or self._ready
+        self._state, result, work = self._sampler.decode(
+            self._params,
+            self._state,
+            until=self._few,
+            max_steps=_MOST_STEPS if waits else None,
+        )
         stats = self.stats
-        stats.rounds += 1
-        stats.slot_rounds += num_slots
-        stats.turns += int((length > 0).sum())
-        stats.prompt_tokens += int(length.sum())
-        stats.sampled_tokens += int(result.length.sum())
         stats.model_seconds += time.perf_counter() - began
-        return result
+        stats.steps += work.steps
+        stats.slot_steps += work.steps * self._sampler.num_slots
+        stats.speaking += work.busy
+        stats.sampled_tokens += int(result.length.sum())
+        actions: dict[int, str] = {}
+        for slot in map(int, np.flatnonzero(result.ended)):
+            self._speaking -= 1
+            episode = self._episodes[slot]
+            step = self._read(slot, episode, result)
+            if step is None:
+                continue
+            if step.action is None:
+                self._advance(slot, episode, step, None)
+            else:
+                episode.said = step
+                actions[slot] = step.action
+        if actions:
+            self._ask("step", actions)
 
     def _read(self, slot: int, episode: _Episode, result: TurnResult) -> Step | None:
         """What the agent said in a slot; None where the episode has ended with it."""
@@ -318,9 +362,11 @@ class _Run:
             return None
         return step
 
-    def _advance(self, slot: int, step: Step, outcome: Outcome | EnvFailure | None) -> None:
+    def _advance(
+        self, slot: int, episode: _Episode, step: Step, outcome: Outcome | EnvFailure | None
+    ) -> None:
         """Records a step and what followed it; ends the episode or prepares its next turn."""
-        episode = self._episodes[slot]
+        episode.said = None
         status = None
         if step.action is None:
             step = dataclasses.replace(step, observation=MALFORMED_OBSERVATION)
@@ -346,13 +392,19 @@ class _Run:
             ]
             if episode.context + len(episode.chunk) >= self._sampler.settings.max_length:
                 status = Status.TOKEN_LIMIT
-        if status is not None:
+        if status is None:
+            self._ready.add(slot)
+        else:
             self._finish(slot, status)
 
     def _finish(self, slot: int, status: Status, error: str = "") -> None:
-        episode = self._episodes[slot]
-        self._episodes[slot] = None
+        episode = self._episodes.pop(slot)
         self.stats.statuses[status] += 1
+        if status.scored:
+            said = repr((episode.request.task_id, [step.answer for step in episode.steps]))
+            digest = hashlib.blake2b(said.encode(errors="surrogatepass"), digest_size=16).digest()
+            self.stats.repeated += digest in self._seen
+            self._seen.add(digest)
         self._on_done(
             Trajectory(
                 task_id=episode.request.task_id,

@@ -34,6 +34,7 @@ _NOTHING = -1
 _FEW = 2**11  # choices, padding included
 _SMALL = 16  # branchings in a tree, padding included
 _UNROLLED = 4  # choices up to which code is written out row by row
+_MOST_IN_ROUNDS = 32  # choices up to which the best is found by rounds of comparisons
 
 
 class Group(NamedTuple):
@@ -324,8 +325,11 @@ def _row(pick: chex.Array, table: chex.Array) -> chex.Array:
 
 def _first_best(scores: chex.Array) -> chex.Array:
     """argmax over the rows of [w, n], the first of equals; int32 [n]. Neighbours against each other
-    until one is left: each round is a few long vectors, which a reduction is not on CPU.
+    until one is left: each round is a few long vectors, which a reduction is not on CPU. (Of many
+    choices the rounds take longer to compile than they save.)
     """
+    if len(scores) > _MOST_IN_ROUNDS:
+        return jnp.argmax(scores, axis=0).astype(jnp.int32)
     pick = jnp.broadcast_to(jnp.arange(len(scores), dtype=jnp.int32)[:, None], scores.shape)
     while len(scores) > 1:
         if len(scores) % 2:
