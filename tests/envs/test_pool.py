@@ -326,3 +326,65 @@ def test_wrong_requests_are_named(num_workers):
         with pytest.raises(ValueError, match=r"slot 1 .*reset"):
             pool.step({1: "a"})
         assert pool.task_ids("train", 2) == ["ok 0", "ok 1"]
+
+
+def all_answers(pool):
+    answers = {}
+    while pool.outstanding:
+        new = pool.poll(wait_s=0.5)
+        assert not answers.keys() & new.keys()
+        answers |= new
+    return answers
+
+
+def test_answers_come_as_they_are_ready(pool):
+    """Slots 0 and 2 share a worker, which sleeps for the first; slot 1's answer does not wait."""
+    pool.submit("step", {0: "sleep 0.6", 1: "a", 2: "b"})
+    began = time.monotonic()
+    assert pool.poll(wait_s=0.3).keys() == {1}
+    assert pool.outstanding == 2 and time.monotonic() - began < 0.5
+    with pytest.raises(ValueError, match="slot 2 still owes the answer to 'step'"):
+        pool.submit("step", {3: "c", 2: "c"})
+    pool.submit("actions", {1: ""})
+    answers = all_answers(pool)
+    assert answers[1] == ["step 1"]
+    assert (answers[0].observation, answers[2].observation) == ("sleep 0.6", "b")
+    assert pool.poll() == pool.poll(wait_s=0.0) == {} and not pool.outstanding
+    pool.submit("reset", {0: "anew"})
+    assert all_answers(pool) == {0: Reset("task anew", "Say something.", 5)}
+
+
+@pytest.mark.parametrize(("how", "says"), [("die", "died"), ("hang", "gave no answer for 3 s")])
+def test_what_breaks_while_others_go_on_is_told_once(pool, how, says):
+    pool.submit("step", {0: how, 1: "a"})
+    assert pool.poll(wait_s=2.0).keys() == {1}
+    pool.submit("step", {1: "b", 2: "queued behind"})  # slot 2 lives where slot 0 does
+    answers = all_answers(pool)
+    assert answers[1].observation == "b"
+    assert says in answers[0].message and says in answers[2].message
+    pool.submit("step", {0: "again", 3: "c"})  # the episode is lost until its next reset
+    answers = all_answers(pool)
+    assert says in answers[0].message and answers[3].observation == "c"
+    pool.submit("reset", {0: "new"})
+    assert isinstance(all_answers(pool)[0], Reset)
+
+
+def test_an_abandoned_submit_leaves_no_trace(pool):
+    pool.submit("step", {0: "sleep 0.2", 1: "a"})
+    resets = pool.reset({1: "b", 2: "c"})
+    assert resets.keys() == {1, 2} and not pool.outstanding
+    failure = pool.step({0: "a", 1: "d"})
+    assert isinstance(failure[0], EnvFailure) and "given up" in failure[0].message
+    assert failure[1].observation == "d"
+
+
+def test_environments_of_this_process_answer_at_once():
+    with faulty_pool(num_workers=0) as pool:
+        pool.submit("reset", {0: "a", 1: "at reset: raise"})
+        answers = pool.poll()
+        assert isinstance(answers[0], Reset) and isinstance(answers[1], EnvFailure)
+        pool.submit("step", {0: "x"})
+        assert pool.poll(wait_s=0.0)[0].observation == "x"
+        with pytest.raises(ValueError, match="slot 2 has no episode"):
+            pool.submit("step", {0: "y", 2: "x"})
+        assert not pool.outstanding
