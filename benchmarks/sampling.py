@@ -17,9 +17,10 @@ installed, and on an environment that answers after 50 ms. A bigram table learne
 transcripts on top of random weights speaks, so that actions are real ones and the work is the
 model's.
 
-**Occupancy**, on that slow environment: of the time that slots do not spend waiting for their
-environment, the share in which the model is working on their turn, until the last episode has
-started. What is missing from 1 is slots that are idle while work waits.
+**Occupancy**, on that slow environment: the share of time in which the model is at work; and
+`slot_occupancy`, of the time that slots do not spend waiting for their environment, the share in
+which the model is working on their turn, until the last episode has started. What is missing from 1
+there is slots that are idle while work waits.
 
 **On a GPU**: decoding at 1B and 8B shapes, bfloat16, against the time that reading weights and
 caches takes at the bandwidth of a large copy, measured in the same run.
@@ -230,8 +231,8 @@ def speaking_policy(size: str, template: ChatTemplate, transcripts) -> tuple[Pol
         np.add.at(counts, (tokens[:-1], tokens[1:]), 1.0)
     table = jnp.asarray(np.log(counts / counts.sum(axis=1, keepdims=True)))
 
-    def decode_fn(params, cache, tokens, start, last):
-        logits, cache = inner.decode_fn(params, cache, tokens, start, last)
+    def decode_fn(params, cache, tokens, start, last, *, slots=None):
+        logits, cache = inner.decode_fn(params, cache, tokens, start, last, slots=slots)
         token = jnp.take_along_axis(tokens, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
         return 0.1 * jnp.tanh(logits) + table[token], cache
 
@@ -341,6 +342,7 @@ def episodes_per_second(
     episodes: int,
     rounds: int,
     size: str = "s",
+    patience: int | None = None,
 ) -> dict[str, float]:
     """With overlap and without; and for the slow environment the occupancy."""
     with EnvPool(name, options, num_slots=slots, num_workers=workers) as pool:
@@ -363,7 +365,7 @@ def episodes_per_second(
             stats.append(
                 collect(
                     watch, params, template, _AsPool(watch), requests, env_name=name,
-                    policy_name="p", seed=0, on_done=lambda trajectory: None,
+                    policy_name="p", seed=0, on_done=lambda trajectory: None, patience=patience,
                 )
             )  # fmt: skip
             watched.append(watch.occupancy(start))
@@ -381,8 +383,9 @@ def episodes_per_second(
         "speaking": last.speaking / max(1, last.slot_steps),
         "malformed": last.malformed / max(1, last.turns),
     }
-    if name.endswith(":SlowEnv"):
-        row["occupancy"] = statistics.median(watched[1:])
+    slow = name.endswith(":SlowEnv")
+    if slow:
+        row["slot_occupancy"] = statistics.median(watched[1:])
     row["ratio"] = row["episodes_per_s"] / row["plain_episodes_per_s"]
     print(
         "  {name}, {slots} slots: {episodes_per_s:.1f} episodes/s, without overlap"
@@ -390,7 +393,7 @@ def episodes_per_second(
         " {speaking:.0%} of slots speaking{more}".format(
             name=name.rpartition(":")[2],
             slots=slots,
-            more=f", occupancy {row['occupancy']:.0%}" if "occupancy" in row else "",
+            more=f", {row['slot_occupancy']:.0%} of slots' own time used" if slow else "",
             **row,
         ),
         flush=True,
@@ -478,10 +481,20 @@ def main() -> None:
     household = dict(num_object_types=6, max_receptacles=3, num_distractors=2, max_steps=14)
     cases: dict[str, Any] = {
         "household": dict(
-            name="household", options=household, slots=64, workers=0, episodes=128 if quick else 512
+            name="household",
+            options=household,
+            slots=64,
+            workers=0,
+            episodes=64 if quick else 256,
+            patience=64,
         ),
         "slow": dict(
-            name="sampling:SlowEnv", options={}, slots=16, workers=16, episodes=32 if quick else 96
+            name="sampling:SlowEnv",
+            options={},
+            slots=16,
+            workers=16,
+            episodes=32 if quick else 96,
+            size="m",
         ),
     }
     if not quick:
@@ -502,7 +515,8 @@ def main() -> None:
     data["ratios"] = {
         "multi_turn_vs_generate": min(multi, default=None),
         "shared_prompt_vs_generate": small["shared_prompt"]["ratio"] if small else None,
-        "occupancy": data["episodes"]["slow"]["occupancy"],
+        "occupancy": data["episodes"]["slow"]["model_share"],
+        "slot_occupancy": data["episodes"]["slow"]["slot_occupancy"],
         **{f"overlap_{title}": row["ratio"] for title, row in data["episodes"].items()},
     }
     print(json.dumps(data["ratios"]), flush=True)

@@ -138,10 +138,12 @@ class Policy(NamedTuple):
     score_fn(params, batch: PackedBatch, *, dropout_key=None) → float32 [S, L], log-probability of
       each token that is to be learned (loss_count > 0), 0 elsewhere; no logits of a whole row
     init_cache(num_slots, max_length) → cache (a pytree, leading axes chosen by the model)
-    decode_fn(params, cache, tokens [S, C], start [S], last [S]) → (logits float32 [S, V], cache):
-      writes the chunk's keys and values at positions start … start+C−1 of every slot, lets each
-      token attend to all cached positions up to its own, returns the logits at chunk index `last`.
-      Chunk tokens after `last`, and positions past the end of the cache, are not written.
+    decode_fn(params, cache, tokens [S, C], start [S], last [S], *, slots=None) → (logits float32
+      [S, V], cache): writes the chunk's keys and values at positions start … start+C−1 of every
+      slot, lets each token attend to all cached positions up to its own, returns the logits at
+      chunk index `last`. Chunk tokens after `last`, and positions past the end of the cache, are
+      not written. With `slots` int32 [S] the rows are those slots of a larger cache; rows of slots
+      past its end write nothing, and their logits mean nothing.
     resize_cache(cache, length) → a cache of positions 0 … length − 1: shortened, or with empty
       positions added. None: a cache keeps the length it was made with.
     """

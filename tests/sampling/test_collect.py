@@ -310,8 +310,8 @@ def _speaker():
     def apply_fn(params, tokens, **where):
         return 2 * jnp.tanh(inner.apply_fn(params, tokens, **where)) + bias[tokens]
 
-    def decode_fn(params, cache, tokens, start, last):
-        logits, cache = inner.decode_fn(params, cache, tokens, start, last)
+    def decode_fn(params, cache, tokens, start, last, *, slots=None):
+        logits, cache = inner.decode_fn(params, cache, tokens, start, last, slots=slots)
         at = jnp.maximum(last, 0)[:, None]
         token = jnp.take_along_axis(tokens, at, axis=1)[:, 0]
         return 2 * jnp.tanh(logits) + bias[token], cache

@@ -34,15 +34,17 @@ class HashPolicy:
             self.resize if resizable else None,
         )
 
-    def decode(self, params, cache, tokens, start, last):
+    def decode(self, params, cache, tokens, start, last, *, slots=None):
         self.traces += 1
-        slots, length = cache.shape
+        length = cache.shape[1]
+        slots = jnp.arange(len(cache)) if slots is None else slots
         index = jnp.arange(tokens.shape[1])[None]
         where = jnp.where(index <= last[:, None], start[:, None] + index, length)
-        cache = cache.at[jnp.arange(slots)[:, None], where].set(tokens + 1, mode="drop")
+        cache = cache.at[slots[:, None], where].set(tokens + 1, mode="drop")
         visible = jnp.arange(length)[None] <= (start + last)[:, None]
         weights = jnp.arange(1, length + 1) * 7919 + 13
-        digest = jnp.where(visible, cache * weights, 0).sum(axis=1)
+        rows = jnp.take(cache, slots, axis=0, mode="clip")
+        digest = jnp.where(visible, rows * weights, 0).sum(axis=1)
         return self.logits(digest), cache
 
     def logits(self, digest):
@@ -371,9 +373,9 @@ class CountingPolicy(HashPolicy):
         super().__init__()
         self.computed = 0
 
-    def decode(self, params, cache, tokens, start, last):
+    def decode(self, params, cache, tokens, start, last, *, slots=None):
         jax.debug.callback(self._count, last)
-        return super().decode(params, cache, tokens, start, last)
+        return super().decode(params, cache, tokens, start, last, slots=slots)
 
     def _count(self, last):
         self.computed += int((last + 1).sum())

@@ -26,7 +26,7 @@ _BLOCK = 192  # least number of queries in a block of `attend_backwards`
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("positions", "cos", "sin", "mask", "subtree_end", "table", "valid"),
+    data_fields=("positions", "cos", "sin", "mask", "subtree_end", "table", "valid", "slots"),
     meta_fields=("window", "implementation"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class View:
     subtree_end: chex.Array | None  # int32 [S, L]; None where a mask says who sees whom
     table: BlockTable | None  # for the implementation "pallas" alone
     valid: chex.Array | None  # bool [S, L], tokens to write into the cache; None without one
+    slots: chex.Array | None  # int32 [S], which slots of the cache the rows are; None for all
     window: int | None  # how many tokens each sees, itself included; None for all
     implementation: str  # what attends, from `resolve`
 
@@ -84,7 +85,14 @@ def row_view(
         if window is not None:
             seen["mask"] &= positions[:, :, None] - positions[:, None, :] < window
     return View(
-        positions, cos, sin, valid=None, window=window, implementation=implementation, **seen
+        positions,
+        cos,
+        sin,
+        valid=None,
+        slots=None,
+        window=window,
+        implementation=implementation,
+        **seen,
     )
 
 
@@ -95,6 +103,7 @@ def cache_view(
     frequencies: Sequence[float],
     window: int | None,
     cache_length: int,
+    slots: chex.Array | None = None,
 ) -> View:
     """Tokens of a chunk that attend to what the cache holds, themselves included.
 
@@ -104,6 +113,7 @@ def cache_view(
       frequencies: of the rotary pairs, E / 2 of them, in radians per position.
       window: tokens further back than this are not seen; None for all.
       cache_length: positions that the cache holds (M).
+      slots: int32 [S], the slots of the cache that the rows are; None: all of them, in order.
 
     Returns:
       A `View`.
@@ -113,7 +123,7 @@ def cache_view(
         past = positions[:, :, None] - jnp.arange(cache_length, dtype=jnp.int32)
         mask &= past < window
     cos, sin = _angles(positions, frequencies)
-    return View(positions, cos, sin, mask, None, None, valid, window, "xla")
+    return View(positions, cos, sin, mask, None, None, valid, slots, window, "xla")
 
 
 def _angles(positions: chex.Array, frequencies: Sequence[float]) -> tuple[chex.Array, chex.Array]:
@@ -200,7 +210,11 @@ def attend_view(
     query, key = rotate(query, view), rotate(key, view)
     options = dict(scale=scale, softcap=softcap)
     if cache is not None:
-        keys, values = cache = write_cache(cache, key, value, view.positions, view.valid)
+        keys, values = cache = write_cache(
+            cache, key, value, view.positions, view.valid, view.slots
+        )
+        if view.slots is not None:
+            keys, values = (jnp.take(part, view.slots, axis=0, mode="clip") for part in cache)
         return attend(query, keys, values, view.mask, **options), cache
     if view.implementation == "tree":
         tree = dict(window=view.window, **options)
@@ -318,18 +332,20 @@ def write_cache(
     value: chex.Array,
     position: chex.Array,
     valid: chex.Array,
+    slots: chex.Array | None = None,
 ) -> Cache:
     """Writes a chunk's keys and values into the cache, in place where its buffers are donated.
 
-    Tokens that are not valid, and positions past the end of the cache, are dropped: nothing is
-    clamped onto a position that another token owns.
+    Tokens that are not valid, and positions and slots past the end of the cache, are dropped:
+    nothing is clamped onto a position that another token owns.
 
     Args:
-      cache: keys float [S, K, E, M] and values float [S, K, M, E].
+      cache: keys float [all slots, K, E, M] and values float [all slots, K, M, E].
       key: float [S, C, K, E].
       value: float [S, C, K, E].
       position: int32 [S, C], increasing along C.
       valid: bool [S, C].
+      slots: int32 [S], the slots that the rows are; None: all of them, in order.
 
     Returns:
       The updated (keys, values).
@@ -337,7 +353,9 @@ def write_cache(
     keys, values = cache
     num_slots, _, cache_length, _ = values.shape
     chex.assert_shape([position, valid], key.shape[:2])
-    slot = jnp.arange(num_slots, dtype=jnp.int32)[:, None]
+    slots = jnp.arange(num_slots, dtype=jnp.int32) if slots is None else slots
+    chex.assert_shape(slots, key.shape[:1])
+    slot = slots[:, None]
     index = jnp.where(valid & (position >= 0), position, cache_length)
     keys = keys.at[slot, :, :, index].set(key.astype(keys.dtype), mode="drop")
     values = values.at[slot, :, index].set(value.astype(values.dtype), mode="drop")

@@ -166,12 +166,14 @@ def make_policy(config: ModelConfig) -> Policy:
 
     The cache is a tuple over layers of keys [slots, K, E, max_length] and values [slots, K,
     max_length, E] in the compute dtype. `decode_fn(params, cache, tokens [S, C], start [S], last
-    [S])` writes chunk tokens 0 … last at positions start … start + last of their slot (tokens after
-    `last`, and positions past the end of the cache, are not written; `last == -1` writes nothing),
-    lets each token attend to all positions up to its own, and returns (logits float32 [S, V] of
-    chunk token `last`, cache). Its caller keeps positions contiguous: what lies at `start` and
-    later is overwritten before any token can see it. `resize_cache(cache, length)` keeps the first
-    `length` positions, or adds empty ones.
+    [S], *, slots=None)` writes chunk tokens 0 … last at positions start … start + last of their
+    slot (tokens after `last`, and positions past the end of the cache, are not written; `last ==
+    -1` writes nothing), lets each token attend to all positions up to its own, and returns (logits
+    float32 [S, V] of chunk token `last`, cache). Rows are the cache's slots in order, or `slots`
+    int32 [S], of which those past the end are not written. Its caller keeps positions contiguous:
+    what lies at `start` and later is overwritten before any token can see it.
+    `resize_cache(cache, length)` keeps the first `length`
+    positions, or adds empty ones.
 
     Equal configs get the same functions, so that whatever is jitted with them is compiled once.
 
@@ -199,6 +201,8 @@ def make_policy(config: ModelConfig) -> Policy:
         tokens: chex.Array,
         start: chex.Array,
         last: chex.Array,
+        *,
+        slots: chex.Array | None = None,
     ) -> tuple[chex.Array, Any]:
         chex.assert_rank([tokens, start, last], [2, 1, 1])
         variables = _variables(config, params)
@@ -210,6 +214,7 @@ def make_policy(config: ModelConfig) -> Policy:
                 frequencies=config.rope_frequencies(local=local),
                 window=config.window if local else None,
                 cache_length=cache[0][1].shape[2],
+                slots=slots,
             )
             for local in sorted(set(config.is_local))
         )

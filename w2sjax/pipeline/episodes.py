@@ -188,6 +188,8 @@ class Episodes:
                 seed=seed,
                 on_done=episodes.append,
                 progress=lambda count, _, stats: progress(count, _share_text(stats)),
+                # Environments of this process answer at once: there is nothing to wait for.
+                patience=None if c.env.workers else c.sampler.slots,
             )
             _add_stats(total, stats)
             return episodes

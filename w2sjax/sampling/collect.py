@@ -25,7 +25,7 @@ from w2sjax.envs import EnvFailure, EnvPool, Outcome, Reset
 from w2sjax.sampling.sampler import Sampler, SlotState, TurnResult
 from w2sjax.types import Status, Step, Trajectory
 
-_MOST_STEPS = 16  # tokens of each answer after which the environments are looked at again
+_MOST_STEPS = 4  # tokens of each answer after which the environments are looked at again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,7 @@ def collect(
     seed: int,
     on_done: Callable[[Trajectory], None],
     progress: Callable[[int, int, CollectStats], None] | None = None,
+    patience: int | None = None,
 ) -> CollectStats:
     """Samples one episode per request.
 
@@ -133,6 +134,9 @@ def collect(
       seed: sampling keys are a function of (seed, task, rollout, turn, token).
       on_done: takes each finished episode; what it raises stops the collection.
       progress: called with (finished, requested, statistics) now and then, after episodes ended.
+      patience: answers that end, and observations that come, before the other slots are held up
+        for them; an eighth of the slots by default. Where environments answer at once, as many as
+        there are slots wastes least on a CPU.
 
     Returns:
       Statistics of the whole collection.
@@ -142,7 +146,7 @@ def collect(
       RuntimeError: the pool has restarted its workers too often.
     """
     _check(sampler, template, pool, requests)
-    run = _Run(sampler, params, template, pool, env_name, policy_name, seed, on_done)
+    run = _Run(sampler, params, template, pool, env_name, policy_name, seed, on_done, patience)
     started = time.perf_counter()
     queue = collections.deque(requests)
     reported = 0
@@ -208,6 +212,7 @@ class _Run:
         policy_name: str,
         seed: int,
         on_done: Callable[[Trajectory], None],
+        patience: int | None,
     ) -> None:
         self.stats = CollectStats()
         self._sampler, self._params, self._template, self._pool = sampler, params, template, pool
@@ -218,8 +223,7 @@ class _Run:
         self._episodes: dict[int, _Episode] = {}  # slot → the episode under way
         self._ready: set[int] = set()  # slots whose chunk the model has not got yet
         self._speaking = 0  # slots whose answer is under way
-        # Slots whose answers end, or whose chunks come, before the others are held up for them.
-        self._few = max(1, sampler.num_slots // 8)
+        self._patience = patience or max(1, sampler.num_slots // 8)
         self._seen: set[bytes] = set()  # digests of (task, answers) of finished episodes
 
     def go_on(self, queue: collections.deque[EpisodeRequest]) -> bool:
@@ -230,7 +234,7 @@ class _Run:
         idle = not self._speaking and not self._ready
         self._take_answers(wait=idle)
         self._start(queue)
-        if self._ready and (len(self._ready) >= self._few or not self._speaking):
+        if self._ready and (len(self._ready) >= self._patience or not self._speaking):
             self._feed()
         if self._speaking:
             self._speak()
@@ -315,7 +319,7 @@ class _Run:
         self._state, result, work = self._sampler.decode(
             self._params,
             self._state,
-            until=self._few,
+            until=self._patience,
             max_steps=_MOST_STEPS if waits else None,
         )
         stats = self.stats

@@ -214,19 +214,8 @@ def _append(
       The cache, and the turns.
     """
     num_slots = turns.length.shape[0]
-    if everyone:
-        logits, cache = policy.decode_fn(params, cache, tokens, start, last)
-    else:
-        axes = layout.slot_axes(policy)
-        leaves, treedef = jax.tree.flatten(cache)
-        some = [
-            layout.take_slots(leaf, slots, axis) for leaf, axis in zip(leaves, axes, strict=True)
-        ]
-        logits, some = policy.decode_fn(params, treedef.unflatten(some), tokens, start, last)
-        cache = treedef.unflatten(
-            layout.write_slots(leaf, slots, new, axis)
-            for leaf, new, axis in zip(leaves, jax.tree.leaves(some), axes, strict=True)
-        )
+    where = None if everyone else slots
+    logits, cache = policy.decode_fn(params, cache, tokens, start, last, slots=where)
     drawn, logps = draw(logits, jnp.take(random, slots, axis=0, mode="clip"), filters)
     target = jnp.where(draws, slots, num_slots)
 
@@ -490,7 +479,7 @@ class Sampler:
     ) -> tuple[Any, Turns]:
         """The cache with all pieces written, and the turns with their first tokens drawn."""
         few = layout.group_size(self.num_slots)
-        grouped = few < self.num_slots and layout.slot_axes(self._policy) is not None
+        grouped = few < self.num_slots
         for round_ in range(max(map(len, inputs), default=0)):
             pieces = [own[round_] for own in inputs if round_ < len(own)]
             groups = layout.form_groups(pieces, self.num_slots) if grouped else [pieces]

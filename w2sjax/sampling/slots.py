@@ -18,7 +18,7 @@ from w2sjax.types import Policy
 
 LEAST_SHARED = 16  # tokens of a common prefix from which copying pays
 NARROWEST, WIDEST = 16, 512  # tokens of a piece; pieces are padded to powers of two
-_SMALLEST_GROUP = 8  # slots per call; an eighth of all slots where that is more
+_SMALLEST_GROUP = 4  # slots per call; an eighth of all slots where that is more
 
 
 class Copy(NamedTuple):
