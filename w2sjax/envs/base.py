@@ -69,6 +69,7 @@ class Env(Protocol):
 ENVIRONMENTS: Mapping[str, str] = {
     "household": "w2sjax.envs.household:Household",
     "scienceworld": "w2sjax.envs.scienceworld:ScienceWorld",
+    "webshop": "w2sjax.envs.webshop:WebShop",
 }
 
 
