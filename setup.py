@@ -33,6 +33,7 @@ setup(
         "scienceworld": scienceworld,
         "webshop": webshop,
         "test": [
+            "bm25s>=0.2",  # what WebShop's search is compared with
             "hypothesis>=6.100",
             "mctx>=0.0.6",
             "peft>=0.19",
