@@ -87,7 +87,8 @@ class _Reader:
                 size *= 2
                 continue
             # A number may go on in what was not read yet.
-            if end < len(self._text) or isinstance(value, (str, list, dict)) or not self._read(1):
+            goes_on = end == len(self._text) or self._text[end] in ".eE+-"
+            if isinstance(value, (str, list, dict)) or not goes_on or not self._read(_CHUNK):
                 self._at = end
                 return value
 
