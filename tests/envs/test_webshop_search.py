@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from w2sjax.envs import webshop_search
 from w2sjax.envs.webshop_search import K1, B, SearchIndex, _stemmer, build_index, tokens
 
 WORDS = ("red", "blue", "shirt", "shirts", "lamp", "lamps", "running", "run", "organic", "tea")
@@ -56,6 +57,13 @@ def test_hits_are_those_of_the_formula():
         hits = index.search(query, 10)
         assert len(hits) == 10
         assert [expected[row] for row in hits] == pytest.approx(sorted(expected)[::-1][:10])
+
+
+def test_blocks_do_not_matter(monkeypatch):
+    whole = build_index(texts_of(2))
+    monkeypatch.setattr(webshop_search, "_BLOCK", 7)
+    for name, array in build_index(texts_of(2)).items():
+        np.testing.assert_array_equal(array, whole[name])
 
 
 def test_equals_come_in_their_order_and_what_does_not_match_does_not_come():

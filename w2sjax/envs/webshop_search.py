@@ -25,6 +25,7 @@ _STOP_WORD_TEXT = (
     "there these they this to was will with"
 )
 STOP_WORDS = frozenset(_STOP_WORD_TEXT.split())
+_BLOCK = 1 << 22  # postings that are sorted together
 _TOKEN = re.compile(r"\w+(?:[.'’]\w+)*")
 
 
@@ -130,18 +131,31 @@ def _postings(
     num_texts, num_terms = len(sizes), len(term_order)
     ranks = np.empty(num_terms, np.int32)
     ranks[term_order] = np.arange(num_terms, dtype=np.int32)
-    ranked = ranks[numbers]
-    order = np.argsort(ranked, kind="stable")
-    texts = np.repeat(np.arange(num_texts, dtype=np.int32), sizes)[order]
-    frequencies = np.bincount(ranked, minlength=num_terms)
+    frequencies = np.bincount(ranks[numbers], minlength=num_terms)
     idf = np.log1p((num_texts - frequencies + 0.5) / (frequencies + 0.5)).astype(np.float32)
     mean_length = max(1.0, float(lengths.mean())) if num_texts else 1.0
     norms = (K1 * (1 - B + B * lengths / mean_length)).astype(np.float32)
-    weights = counts[order].astype(np.float32)
-    weights /= weights + norms[texts]
-    weights *= np.repeat(idf, frequencies)
+    ends = np.cumsum(frequencies, dtype=np.int64)
+    places = ends - frequencies  # of each term's next posting
+    texts = np.empty(len(numbers), np.int32)
+    weights = np.empty(len(numbers), np.float32)
+    text_ends = np.cumsum(sizes, dtype=np.int64)
+    # Block by block, so that a large catalogue needs little more memory than its postings.
+    for start in range(0, len(numbers), _BLOCK):
+        block = slice(start, min(start + _BLOCK, len(numbers)))
+        ranked = ranks[numbers[block]]
+        order = np.argsort(ranked, kind="stable")
+        ranked = ranked[order]
+        found = np.bincount(ranked, minlength=num_terms)
+        firsts = np.cumsum(found) - found
+        target = places[ranked] + np.arange(len(ranked)) - firsts[ranked]
+        owners = np.searchsorted(text_ends, order + start, side="right")
+        tf = counts[block][order].astype(np.float32)
+        texts[target] = owners
+        weights[target] = idf[ranked] * tf / (tf + norms[owners])
+        places += found
     return {
-        "posting_ends": np.cumsum(frequencies, dtype=np.int64),
+        "posting_ends": ends,
         "posting_texts": texts,
         "posting_weights": weights,
         "num_texts": np.array([num_texts], np.int64),
