@@ -204,7 +204,7 @@ def _product(
         query=noun,
         product_category=kind.category,
         price=price,
-        price_tag=f"${price}",
+        price_tag=f"${price:g}",
     )
 
 
