@@ -40,6 +40,9 @@ class TextEnv(gymnasium.Env[str, str]):
     `score` and `success`, with the numbers `replaced_characters` and `cut_characters` of what the
     observation space could not hold of the last observation, and what `extra_info` asks for.
 
+    In a `gymnasium.vector.AsyncVectorEnv` pass `shared_memory=False`: Gymnasium fills texts in
+    shared memory up to their largest length.
+
     Args:
       env: a registered name, "module:Class", or an environment.
       options: of the environment's class, where a name is given.

@@ -14,9 +14,9 @@ shipped.
 
 What differs from the published code:
 
-- searches rank by the same BM25 formula, without Lucene's rounding of text lengths to eight bits
-  and with a regular expression for Lucene's word boundaries, so near ties can come in another
-  order; the words <r>, <a>, <c> and <q> are nothing special; 1,024 words of a query count;
+- searches rank by the same BM25 formula, without Lucene's rounding of text lengths to eight bits (on
+  random texts that changes 2 % of the first ten hits) and with a regular expression for Lucene's
+  word boundaries; the words <r>, <a>, <c> and <q> are nothing special; 1,024 words of a query count;
 - nouns of titles (`webshop_rewards.py`): another title score, the same factor on the original's
   four test pairs;
 - prices within a range and price caps are drawn from the product's asin, so they are the same in
