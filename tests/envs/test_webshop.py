@@ -387,7 +387,8 @@ def test_speed_and_size():
         *(("page_size", value) for value in (0, 51)),
         *(("num_products", value) for value in (0, 8001, 2.5)),
         *(("observation", "rich"), ("goals", "all"), ("instruction", 3), ("seed", -1)),
-        *(("items_file", "x.json"), ("nouns", "nowhere:at_all"), ("nouns", "random")),
+        *(("cache_dir", "/x"), ("goals", "generated"), ("items_file", "x.json")),
+        *(("nouns", "nowhere:at_all"), ("nouns", "random")),
     ],
 )
 def test_options_out_of_range_are_named(option, value):

@@ -250,6 +250,8 @@ def test_files_that_are_not_there_are_named(tmp_path):
         open_env(tmp_path)
     assert open_env(tmp_path, items_file="items_shuffle.json").counts["products"] == 2
     assert open_env(tmp_path, items_file="items_shuffle_1000.json").counts["products"] == 1
+    with pytest.raises(ValueError, match=r"env\.options\.seed.*3"):
+        open_env(tmp_path, items_file="items_shuffle.json", seed=3)
     (tmp_path / "items_human_ins.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"items_human_ins\.json"):
         open_env(tmp_path, items_file="items_shuffle.json", num_products=1)

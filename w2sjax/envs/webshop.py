@@ -14,9 +14,10 @@ shipped.
 
 What differs from the published code:
 
-- searches rank by the same BM25 formula, without Lucene's rounding of text lengths to eight bits (on
-  random texts that changes 2 % of the first ten hits) and with a regular expression for Lucene's
-  word boundaries; the words <r>, <a>, <c> and <q> are nothing special; 1,024 words of a query count;
+- searches rank by the same BM25 formula, without Lucene's rounding of text lengths to eight bits
+  (on random texts that changes 2 % of the first ten hits) and with a regular expression for
+  Lucene's word boundaries; the words <r>, <a>, <c> and <q> are nothing special; 1,024 words of a
+  query count;
 - nouns of titles (`webshop_rewards.py`): another title score, the same factor on the original's
   four test pairs;
 - prices within a range and price caps are drawn from the product's asin, so they are the same in
@@ -122,11 +123,19 @@ class WebShop:
         self.instruction = _INSTRUCTION if instruction is None else instruction
         self._nouns = _load_function(nouns) if nouns else title_words
         if data_dir:
+            _check(
+                seed == 0,
+                "seed",
+                seed,
+                ("0 with a data_dir: only the generated catalogue has one",),
+            )
             if num_products is not None:
                 _check_int("num_products", num_products, 1, 10**9)
             self._shop = _open_shop(data_dir, items_file, num_products, goals, cache_dir)
         else:
-            _check(not items_file, "items_file", items_file, ("'' without a data_dir",))
+            for option, value in (("items_file", items_file), ("cache_dir", cache_dir)):
+                _check(not value, option, value, ("'' without a data_dir",))
+            _check(goals == "human", "goals", goals, ("'human' without a data_dir",))
             count = 400 if num_products is None else num_products
             _check_int("num_products", count, 1, webshop_generated.MAX_PRODUCTS)
             self._shop = _make_shop(count, _check_int("seed", seed, 0, 2**63))
