@@ -23,13 +23,13 @@ from typing import Any
 
 from w2sjax.envs import alfworld_files, alfworld_games
 from w2sjax.envs.alfworld_engine import NOTHING, Engine, check_packages
-from w2sjax.envs.alfworld_expert import Explorer, Oracle, Task
+from w2sjax.envs.alfworld_expert import Expert, Explorer, Oracle, Searcher, Task
 from w2sjax.envs.alfworld_games import FAMILIES
 from w2sjax.envs.base import Outcome
 
 SPLITS = (*alfworld_games.SPLITS, "test")
 GAMES = ("procedural", "official")
-EXPERTS = ("oracle", "explorer")
+EXPERTS = ("oracle", "searcher", "explorer")
 _MAX_ACTION_CHARS = 200  # the longest that means something has about 70
 _PUT = re.compile(r"(?:put|move) (.+?) (?:in/on|into|onto|in|on|to) (.+)")
 _HELP = "help"
@@ -72,8 +72,9 @@ class ALFWorld:
       floor_plans: the scenes of procedural games, by number; None for all 120.
       receptacles: how many of a scene's receptacles procedural games have at most; None for all.
       clutter: how many things that the goal does not need procedural games have.
-      expert: "oracle" (knows where everything is, always wins, works from any state) or "explorer"
-        (the package's own, which searches, and now and then gives up).
+      expert: "oracle" (knows where everything is), "searcher" (the same, but knows only what it has
+        seen) or "explorer" (the package's own, which searches, and now and then gives up). The
+        first two play on from any state.
       max_steps: step limit, counted by whoever plays.
       instruction: another system message; None for the built-in one, which lists the actions.
       cache_dir: where procedural games are kept as files, in the official layout, when they are
@@ -127,7 +128,7 @@ class ALFWorld:
         if cache_dir:
             self._cache = Path(cache_dir).expanduser()
         self._expert_kind = expert
-        self._expert: Oracle | Explorer | None = None
+        self._expert: Expert | None = None
         self._engine: Engine | None = None
         self._won = False
 
@@ -230,10 +231,11 @@ class ALFWorld:
         except ValueError as error:
             raise ValueError(f"{task_id}: {error}") from error
         self._won = False
-        if self._expert_kind == "oracle":
-            self._expert = Oracle(task)
-        else:
+        if self._expert_kind == "explorer":
             self._expert = Explorer(data, self._engine, observation, task_id)
+        else:
+            cls = Oracle if self._expert_kind == "oracle" else Searcher
+            self._expert = cls(task, self._engine)
         return observation
 
     def step(self, action: str) -> Outcome:
@@ -248,8 +250,7 @@ class ALFWorld:
         command = self._command(action)
         observation = NOTHING if command is None else engine.step(command)
         self._won = engine.won
-        if isinstance(self._expert, Explorer):
-            self._expert.heard(command or _readable(action), observation)
+        self._expert.heard(command or _readable(action), observation)
         return Outcome(observation, float(self._won), self._won, self._won)
 
     def _command(self, action: str) -> str | None:
@@ -276,16 +277,15 @@ class ALFWorld:
         return [] if self._won else [c for c in engine.commands if c != _HELP]
 
     def expert_action(self) -> str:
-        """The expert's next action; the oracle's is a function of the state alone.
+        """The expert's next action.
 
         Raises:
           RuntimeError: no task was started.
         """
-        engine = self._playing()
+        self._playing()
         if self._won:
             return "look"
-        action = self._expert.act(engine)
-        return self._command(action) or "look"
+        return self._command(self._expert.act()) or "look"
 
     def close(self) -> None:
         """Gives the engine to whoever needs one next in this process."""

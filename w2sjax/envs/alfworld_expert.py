@@ -1,18 +1,20 @@
-"""Experts for ALFWorld: an oracle that reads the engine's facts, and the package's own explorer."""
+"""Experts for ALFWorld: one that knows everything, one that searches, and the package's own."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import random
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
-from w2sjax.envs.alfworld_engine import NOTHING, Engine
+from w2sjax.envs.alfworld_engine import Engine
 from w2sjax.envs.alfworld_games import APPLIANCES, FAMILIES
 
 _DONE = {"clean": "isclean", "heat": "ishot", "cool": "iscool"}  # family → the fact it brings about
 _IDLE = "look"
+_PUT = re.compile(r"^put (.+) in/on (.+)$")  # as official games say it
 _GIVES_UP = 200  # steps after which the package's expert stops
 
 
@@ -51,20 +53,46 @@ class Task:
         return cls(family, thing, target)
 
 
+class Expert(Protocol):
+    """What plays a game that an engine holds."""
+
+    def heard(self, action: str, observation: str) -> None:
+        """Tells it what was done and seen."""
+
+    def act(self) -> str:
+        """The next action."""
+
+
 class Oracle:
     """Knows where everything is; its next action is a function of the state alone.
 
     It takes what the goal asks for (a thing at hand first, then one that is already treated), has
     it cleaned, heated or cooled, and brings it to where it belongs; other things in hand are put
     down. It does not search: its episodes are short, 4 to 12 actions.
+
+    Args:
+      task: what the game asks for.
+      engine: the engine, at the start of the game.
     """
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Task, engine: Engine):
         self._task = task
+        self._engine = engine
 
-    def act(self, engine: Engine) -> str:
+    def heard(self, action: str, observation: str) -> None:
+        """Nothing to remember."""
+
+    def _view(self) -> _View:
+        return _View(self._engine)
+
+    def _search(self, view: _View, kind: str) -> str:
+        """What to do where no thing of a type is known: none is left."""
+        del view, kind
+        return _IDLE
+
+    def act(self) -> str:
         """The next action; "look" where nothing serves any more."""
-        view = _View(engine)
+        view = self._view()
         task, held = self._task, view.held
         if held is not None and view.type_of(held) != task.thing:
             return self._put(view, held, view.homes(held))
@@ -95,7 +123,7 @@ class Oracle:
             if not (treated and place in settled):
                 wanted.append((place not in view.here, not treated, thing))
         if not wanted:
-            return _IDLE
+            return self._search(view, self._task.thing)
         thing = min(wanted)[2]
         place = view.inside[thing]
         return self._reach(view, place) or f"take {view.name(thing)} from {view.name(place)}"
@@ -107,7 +135,7 @@ class Oracle:
             if view.type_of(thing) == self._task.target and view.has("toggleable", thing)
         ]
         if not lamps:
-            return _IDLE
+            return self._search(view, self._task.target)
         lamp = min(lamps, key=lambda lamp: (view.inside[lamp] not in view.here, lamp))
         at = view.inside[lamp] in view.here
         return f"use {view.name(lamp)}" if at else f"go to {view.name(view.inside[lamp])}"
@@ -130,8 +158,37 @@ class Oracle:
         """The way to a receptacle and into it; None once there and open."""
         if place not in view.here:
             return f"go to {view.name(place)}"
-        closed = view.has("openable", place) and not view.has("opened", place)
-        return f"open {view.name(place)}" if closed else None
+        return f"open {view.name(place)}" if view.closed(place) else None
+
+
+class Searcher(Oracle):
+    """Plays like the oracle, but knows only what it has seen, like a careful person.
+
+    Where it knows no thing that it wants, it looks into the next receptacle as the room lists them:
+    first those that may hold such a thing.
+    """
+
+    def __init__(self, task: Task, engine: Engine):
+        super().__init__(task, engine)
+        self._seen: set[str] = set()
+
+    def heard(self, action: str, observation: str) -> None:
+        """Remembers which receptacles it has looked into."""
+        view = _View(self._engine)
+        self._seen.update(place for place in view.here if not view.closed(place))
+
+    def _view(self) -> _View:
+        view = _View(self._engine)
+        view.inside = {thing: at for thing, at in view.inside.items() if at in self._seen}
+        return view
+
+    def _search(self, view: _View, kind: str) -> str:
+        likely = view.homes_of(kind)
+        left = [place for place in view.places if place not in self._seen]
+        if not left:
+            return _IDLE
+        place = min(left, key=lambda p: (p not in view.here, p not in likely))
+        return self._reach(view, place) or f"examine {view.name(place)}"
 
 
 class _View:
@@ -160,23 +217,29 @@ class _View:
                 case ("cancontain", place_type, thing_type):
                     kinds = self._contains.setdefault(place_type.removesuffix("type"), set())
                     kinds.add(thing_type.removesuffix("type"))
-        self._places = sorted(place for place, _ in at)
+        self.places = sorted(place for place, _ in at)
         self.here = {place for place, location in at if location == agent_at}
 
     def has(self, predicate: str, thing: str) -> bool:
         return (predicate, thing) in self._facts
+
+    def closed(self, place: str) -> bool:
+        return self.has("openable", place) and not self.has("opened", place)
 
     def type_of(self, thing: str) -> str:
         return self._types.get(thing, "")
 
     def receptacles_of(self, kind: str) -> list[str]:
         """The receptacles of a type, sorted."""
-        return [place for place in self._places if self.type_of(place) == kind]
+        return [place for place in self.places if self.type_of(place) == kind]
+
+    def homes_of(self, kind: str) -> list[str]:
+        """The receptacles that may hold things of a type, sorted."""
+        return [p for p in self.places if kind in self._contains.get(self.type_of(p), ())]
 
     def homes(self, thing: str) -> list[str]:
         """The receptacles that may hold a thing: open ones first, then sorted."""
-        kind = self.type_of(thing)
-        places = [p for p in self._places if kind in self._contains.get(self.type_of(p), ())]
+        places = self.homes_of(self.type_of(thing))
         return sorted(places, key=lambda place: (self.has("openable", place), place))
 
 
@@ -218,7 +281,7 @@ class Explorer:
         state = {
             "feedback": observation,
             "facts": self._engine.named_facts(),
-            "admissible_commands": self._engine.commands,
+            "admissible_commands": [_PUT.sub(r"move \1 to \2", c) for c in self._engine.commands],
         }
         before = random.getstate()
         random.setstate(self._random)
@@ -232,10 +295,6 @@ class Explorer:
         if self._action not in state["admissible_commands"]:
             self._action = _IDLE
 
-    def act(self, engine: Engine) -> str:
+    def act(self) -> str:
         """The action decided on last; "look" at the start, as in the package."""
-        del engine
         return self._action
-
-
-__all__ = ["NOTHING", "Explorer", "Oracle", "Task"]

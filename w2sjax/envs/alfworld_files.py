@@ -144,14 +144,23 @@ def keep_game(cache: Path, split: str, trial: str, game: Game) -> Path:
       split: the game's split.
       trial: what makes its name unique.
       game: the game.
+
+    Raises:
+      OSError: it cannot be written; the message says what to do.
     """
     target = game.params["parent_target"] or game.params["toggle_target"]
     task = f"{FAMILIES[game.family]}-{game.params['object_target']}-None-{target}-{game.scene}"
     folder = cache / f"version_{VERSION}" / split / task / f"trial_{trial}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    written = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        written = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise OSError(
+            f"env.options.cache_dir: {cache} cannot be written ({error}); name another folder, or "
+            "'' to keep no files"
+        ) from error
     try:
         (written / _GAME).write_text(json.dumps(game.data()))
         (written / _TRAJ).write_text(json.dumps(traj_data(game, folder.name), indent=1))

@@ -210,10 +210,7 @@ def _shuffled(rng: random.Random, items: Sequence[_Item]) -> list[_Item]:
     return [item for _, _, item in sorted((rng.random(), i, item) for i, item in enumerate(items))]
 
 
-def _draw(
-    rng: random.Random, family: str, scene: int, limit: int | None, clutter: int
-) -> Game | None:
-    """One try; None where what was drawn does not fit together."""
+def _draw(rng: random.Random, family: str, scene: int, limit: int | None, clutter: int) -> Game:
     plan, types = floor_plan(scene)
     thing, target = _pick(rng, _goals(scene, family))
     needed = [APPLIANCES[family]] if family in APPLIANCES else []
@@ -231,18 +228,14 @@ def _draw(
     places = {name: plan[name] for name in sorted(kept)}
     things: list[tuple[str, str]] = []  # (type, receptacle)
 
-    def place(kind: str, forbidden: str | None = None) -> bool:
+    def place(kind: str, forbidden: str | None = None) -> None:
         allowed = _homes(kind, set(places.values()) - {forbidden})
-        homes = [name for name, type_ in places.items() if type_ in allowed]
-        if homes:
-            things.append((kind, _pick(rng, homes)))
-        return bool(homes)
+        things.append((kind, _pick(rng, [n for n, type_ in places.items() if type_ in allowed])))
 
     if lamp_stand is not None:
         things.append((_LAMP, lamp_stand))
     for _ in range((2 if family == "two" else 1) + (rng.random() < 0.25)):
-        if not place(thing, forbidden=target):
-            return None
+        place(thing, forbidden=target)  # in what `sources` gave, at least
     others = [kind for kind in types if kind != thing and _homes(kind, set(places.values()))]
     for _ in range(clutter if others else 0):
         kind = _pick(rng, others)
