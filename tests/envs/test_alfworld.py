@@ -19,11 +19,7 @@ from w2sjax.envs.alfworld_engine import NOTHING, Engine
 from w2sjax.envs.alfworld_games import FAMILIES, draw_game
 from w2sjax.envs.base import Env
 
-_WORDS = [*"go to take put move open from in/on cabinet 1 x".split(), "\n", "\t"]  # noqa: SIM905
-    *["go", "to", "take", "put", "move", "open", "from", "in/on", "cabinet", "1", "x"],
-    "\n",
-    "\t",
-)
+_WORDS = ("go", "to", "take", "put", "move", "open", "from", "in/on", "cabinet", "1", "\n", "\t")
 SMALL = {"receptacles": 6, "clutter": 3, "cache_dir": ""}
 
 
