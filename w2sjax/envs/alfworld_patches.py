@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 _VERSIONS = ("1.7.",)  # of textworld
-_KEPT_TRANSLATIONS = 64  # about 1 MB each
+_KEPT_CHARS = 16_000_000  # of SAS text: some 80 whole floor plans, 600 small games; about 70 MB
 _GOAL = re.compile(r'"rhs": "(Your task is to: [^"\\#{}\[\]]*)"')
 _MARK = "Your task is to: GOAL"
 _ATTRIBUTES = frozenset(("id", "type", "name", "noun", "adj", "desc", "definite", "indefinite"))
@@ -192,11 +192,13 @@ def _evaluate(node: ast.expr, variables: dict[str, Any]) -> Any:
 
 
 def _make_translate(original: Callable) -> Callable:
-    kept: collections.OrderedDict[tuple[str, str], tuple] = collections.OrderedDict()
+    kept: collections.OrderedDict[tuple[str, str], tuple[Any, str]] = collections.OrderedDict()
+    chars = 0
 
     def pddl2sas(
         domain: str, problem: str, verbose: bool = False, optimize: bool = False
     ) -> tuple[Any, str]:
+        nonlocal chars
         key = (domain, problem)
         if key not in kept:
             argv = sys.argv  # the translator replaces it
@@ -204,8 +206,10 @@ def _make_translate(original: Callable) -> Callable:
                 kept[key] = original(domain, problem, verbose=verbose)
             finally:
                 sys.argv = argv
-            if len(kept) > _KEPT_TRANSLATIONS:
-                kept.popitem(last=False)
+            chars += len(kept[key][1])
+            while chars > _KEPT_CHARS and len(kept) > 1:
+                _, (_, sas) = kept.popitem(last=False)
+                chars -= len(sas)
         kept.move_to_end(key)
         return kept[key]
 
