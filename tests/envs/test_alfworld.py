@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -183,6 +184,27 @@ def test_an_engine_is_used_again():
     second.close()
     with pytest.raises(RuntimeError, match="reset"):
         second.step("look")
+
+
+def test_engines_load_a_small_copy_of_the_library_each():
+    """And play games of their own at the same time."""
+    from fast_downward import interface
+
+    path = interface.DOWNWARD_LIB_PATH
+    whole = Path(path).stat().st_size
+    engines = [Engine(), Engine()]
+    part = alfworld_patches._loaded_part(Path(path))
+    assert len(part) < whole / 10 and path == interface.DOWNWARD_LIB_PATH
+    games = [draw_game("train", "put", 7, 5, 2, number).data() for number in range(2)]
+    alone = []
+    for game in games:
+        alone.append([engines[0].start(game), engines[0].step("look"), engines[0].facts()])
+    for engine, game, expected in zip(engines, games, alone, strict=True):
+        assert engine.start(game) == expected[0]
+    for engine, expected in zip(engines, alone, strict=True):
+        assert [engine.step("look"), engine.facts()] == expected[1:]
+        engine.give()
+    assert alfworld_patches._loaded_part(Path(__file__)) is None  # no library: taken as it is
 
 
 @pytest.mark.parametrize(

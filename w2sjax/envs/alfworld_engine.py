@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from w2sjax.envs.alfworld_patches import patched
+from w2sjax.envs.alfworld_patches import patched, small_library
 
 NOTHING = "Nothing happens."
 _WELCOME = "-= Welcome to TextWorld, ALFRED! =-"
@@ -33,7 +33,7 @@ class Engine:
     def __init__(self, fast: bool = True):
         check_packages()
         textworld = importlib.import_module("textworld")
-        with patched(fast):
+        with patched(fast), small_library(fast):
             self._env = textworld.envs.pddl.PddlEnv(textworld.EnvInfos())
         self._fast = fast
         self._state: Any = None

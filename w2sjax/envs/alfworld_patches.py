@@ -24,9 +24,12 @@ import copy
 import functools
 import importlib
 import re
+import struct
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 _VERSIONS = ("1.7.",)  # of textworld
@@ -214,3 +217,48 @@ def _make_translate(original: Callable) -> Callable:
         return kept[key]
 
     return pddl2sas
+
+
+# ---------------------------------------------------------------------------------------- library
+
+
+@contextlib.contextmanager
+def small_library(fast: bool = True) -> Iterator[None]:
+    """Lets engines made inside the block load the planner's library without its debug information.
+
+    Every engine loads a copy of its own, and a copy takes room on the disk as long as the process
+    lives: 34 MB as the package ships it, of which 1 MB is ever loaded.
+    """
+    interface = importlib.import_module("fast_downward.interface")
+    original = getattr(interface, "DOWNWARD_LIB_PATH", None)
+    part = _loaded_part(Path(original)) if fast and original else None
+    if part is None:
+        yield
+        return
+    with _lock, tempfile.TemporaryDirectory() as folder:
+        small = Path(folder) / Path(original).name
+        small.write_bytes(part)
+        interface.DOWNWARD_LIB_PATH = str(small)
+        try:
+            yield
+        finally:
+            interface.DOWNWARD_LIB_PATH = original
+
+
+def _loaded_part(path: Path) -> bytes | None:
+    """The start of a shared library, up to the last byte that is loaded; None for other formats."""
+    with path.open("rb") as file:
+        head = file.read(64)
+        if head[:6] != b"\x7fELF\x02\x01" or len(head) < 64:  # 64 bits, little-endian
+            return None
+        (table,) = struct.unpack_from("<Q", head, 32)
+        size, count = struct.unpack_from("<HH", head, 54)
+        file.seek(table)
+        headers = file.read(size * count)
+        end = table + size * count
+        for index in range(count):
+            kind, _, offset, _, _, length = struct.unpack_from("<IIQQQQ", headers, index * size)
+            if kind == 1:  # PT_LOAD
+                end = max(end, offset + length)
+        file.seek(0)
+        return file.read(end)
