@@ -108,7 +108,7 @@ class ALFWorld:
         if receptacles is not None:
             _check_int("receptacles", receptacles, 4, 100)
         self._receptacles = receptacles
-        if isinstance(families, str) or not families or not set(families) <= set(FAMILIES):
+        if isinstance(families, str) or not families or any(f not in FAMILIES for f in families):
             raise ValueError(
                 f"env.options.families: expected some of {', '.join(FAMILIES)}, got {families!r}"
             )
@@ -116,6 +116,9 @@ class ALFWorld:
             raise ValueError(
                 f"env.options.instruction: expected a text or None, got {instruction!r}"
             )
+        for option, folder in (("data_dir", data_dir), ("cache_dir", cache_dir)):
+            if folder is not None and not isinstance(folder, str):
+                raise ValueError(f"env.options.{option}: expected a text or None, got {folder!r}")
         self.instruction = INSTRUCTION if instruction is None else instruction
         self._families = tuple(family for family in FAMILIES if family in families)
         check_packages()
@@ -320,6 +323,8 @@ def _check_int(name: str, value: object, low: int, high: int) -> int:
 def _check_floor_plans(numbers: Sequence[int] | None) -> frozenset[int] | None:
     if numbers is None:
         return None
+    if isinstance(numbers, (str, int)) or not all(isinstance(n, int) for n in numbers):
+        raise ValueError(f"env.options.floor_plans: expected scene numbers, got {numbers!r}")
     known = {
         scene
         for split in ("seen", "unseen")

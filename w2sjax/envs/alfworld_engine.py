@@ -98,11 +98,6 @@ class Engine:
         """Whether the goal is reached."""
         return bool(self._state["won"])
 
-    @property
-    def state(self) -> Mapping[str, Any]:
-        """The engine's own state, as the package's expert reads it."""
-        return self._state
-
     def facts(self) -> set[tuple[str, ...]]:
         """All that holds now: (predicate, id, …), in lower case."""
         return {

@@ -253,6 +253,7 @@ class Explorer:
     Args:
       data: the game's traj_data.json.
       engine: the engine, at the start of the game.
+      first_observation: what was to be seen there.
       seed: what it draws depends on it.
     """
 
