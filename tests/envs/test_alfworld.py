@@ -14,7 +14,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from w2sjax.envs import alfworld_engine, alfworld_files, alfworld_games, alfworld_patches, play
+from w2sjax.envs import (
+    EnvPool,
+    PlayRequest,
+    alfworld_engine,
+    alfworld_files,
+    alfworld_games,
+    alfworld_patches,
+    play,
+)
 from w2sjax.envs.alfworld import SPLITS, ALFWorld
 from w2sjax.envs.alfworld_engine import NOTHING, Engine
 from w2sjax.envs.alfworld_games import FAMILIES, draw_game
@@ -354,6 +362,20 @@ def test_both_wordings_of_putting_mean_the_same(env):
         for wording in ("put {} in/on {}", "put {} in {}", "move {} to {}", "PUT {} on {}"):
             assert env._command(wording.format(*words)) == action
         assert env._command(f"put {words[1]} in {words[0]}") is None
+
+
+def test_a_worker_process_plays_it_as_this_one_does(env):
+    with EnvPool("alfworld", SMALL, num_slots=2, num_workers=1) as pool:
+        ids = pool.task_ids("pretrain", 6)
+        requests = [PlayRequest(task_id, 0.3, 1) for task_id in ids]
+        played = dict(pool.play(requests))
+        starts = pool.reset({0: ids[0], 1: ids[1]})
+        outcomes = pool.step({0: "look", 1: "inventory"})
+    for index, request in enumerate(requests):
+        assert played[index] == play(env, request.task_id, random_action_rate=0.3, seed=1)
+    for slot, action in enumerate(("look", "inventory")):  # two engines of one process
+        assert starts[slot].first_observation == env.reset(ids[slot])
+        assert outcomes[slot] == env.step(action)
 
 
 # ------------------------------------------------------------------------------------------- files
