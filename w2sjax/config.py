@@ -89,11 +89,17 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollouts = ml_collections.ConfigDict()
     c.rollouts.per_task = 8  # R
     c.rollouts.temperature = 1.0
+    c.rollouts.top_k = 0  # 0: all tokens
     c.rollouts.top_p = 1.0
+    c.rollouts.min_p = 0.0
+    c.rollouts.stop = ()  # texts that end an answer as its end of turn does; in evaluation too
     c.rollouts.max_new_tokens = 24  # per answer
 
     c.sampler = ml_collections.ConfigDict()
     c.sampler.slots = 128  # episodes in flight
+    # "free": the model writes what it likes; "admissible": it chooses among the actions that the
+    # environment admits, by their log-probability. In evaluation too.
+    c.sampler.actions = "free"
     # episodes sampled as one block; a resumed run repeats the block it was cut in
     c.sampler.block = 1024
 
@@ -250,6 +256,7 @@ _NOT_NEGATIVE = (
     "env.workers",
     "env.max_restarts",
     "models.lora_rank",
+    "rollouts.top_k",
     "pretrain.seed",
     "search.exploration_weight",
     "targets.min_value_gap",
@@ -265,6 +272,7 @@ _SHARES = (
     "pretrain.random_low",
     "pretrain.random_high",
     "rollouts.top_p",
+    "rollouts.min_p",
     "search.discount",
     "gate.min_sampled_success",
     "gate.max_sampled_success",
@@ -277,6 +285,7 @@ _CHOICES = {
     "models.remat": REMAT_POLICIES,
     "models.attention": ATTENTION_IMPLEMENTATIONS,
     "pretrain.loss_on": ("all", "agent"),
+    "sampler.actions": ("free", "admissible"),
     "trees.merge_on": ("action_observation", "action", "observation_history"),
     "targets.pair_values": ("mean", "max", "mcts"),
     "targets.pairing": ("best_vs_each", "best_vs_worst", "adjacent"),
@@ -378,6 +387,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"config.sampler.slots ({config.sampler.slots}) must be a multiple of "
             f"config.env.workers ({config.env.workers})"
         )
+    if any(not isinstance(text, str) or not text for text in config.rollouts.stop):
+        problems.append(f"config.rollouts.stop is {config.rollouts.stop!r}; texts, none empty")
     if config.rollouts.top_p == 0:
         problems.append("config.rollouts.top_p is 0; it must be greater than 0")
     if config.rollouts.max_new_tokens >= config.models.max_length:

@@ -3,18 +3,23 @@
 Here the processes take turns; tests/pipeline/test_processes_job.py runs real ones.
 """
 
+import contextlib
 import itertools
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import jax
+import numpy as np
 import pytest
 from etils import epath
 
+from w2sjax import models
+from w2sjax.chat import ChatTemplate, train_bpe
 from w2sjax.config import default_config
-from w2sjax.envs import PlayRequest
+from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import episodes as pipeline_episodes
 from w2sjax.pipeline.episodes import EPISODES, Episodes, join_episodes
-from w2sjax.sampling import read_trajectories
+from w2sjax.sampling import EpisodeRequest, read_trajectories
 from w2sjax.types import Status, Step, Trajectory
 
 HOUSEHOLD = {"families": ("look", "put"), "num_object_types": 4, "max_steps": 8}
@@ -208,3 +213,43 @@ def test_played_episodes_do_not_depend_on_blocks_and_processes(tmp_path, monkeyp
     assert three.read_bytes() == whole and same == facts
     cut = b"".join(whole.splitlines(keepends=True)[:2]) + b'{"format": 1, "task'
     assert play("cut", 3, count=2, written=cut)[0].read_bytes() == whole
+
+
+def test_choosing_among_admissible_actions_is_scored_by_the_model_itself(tmp_path):
+    """Household, a model of random weights: what is recorded is the softmax over what could be
+    done of the full forward pass's log-probabilities."""
+    c = default_config()
+    c.env.options.max_steps = 3
+    c.env.workers = 0
+    c.sampler.slots, c.sampler.actions, c.models.max_length = 4, "admissible", 400
+    env = make_env("household", **c.env.options)
+    tasks = list(env.task_ids("train", 3))
+    texts = [env.instruction, *(env.reset(task) for task in tasks), *env.admissible_actions()] * 5
+    template = ChatTemplate(train_bpe([*texts, "Action: look"], vocab_size=400))
+    shape = dict(vocab_size=template.vocab_size, max_length=1024)
+    config = models.preset("tiny", **shape)
+    policy, params = models.make_policy(config), models.init_params(config, jax.random.key(0))
+    with (
+        contextlib.closing(Episodes(c, process(0, 1))) as episodes,
+        episodes.pool(slots=4) as pool,
+    ):
+        share = episodes.sample(
+                epath.Path(tmp_path), "title", template, policy, params, pool,
+                [EpisodeRequest(task, r) for task in tasks for r in range(2)],
+                draws={"temperature": 50.0}, policy_name="weak", seed=0,
+            )  # fmt: skip
+    join_episodes(epath.Path(tmp_path), [share])
+    played = read_trajectories(tmp_path / EPISODES)
+    assert len(played) == 6 and len({tuple(s.action for s in t.steps) for t in played}) > 3
+    env.reset(played[0].task_id)
+    context = template.encode_start(played[0].instruction, played[0].first_observation)
+    scores = {}
+    for action in env.admissible_actions():
+        answer = template.encode_answer(f"Action: {action}")
+        tokens = np.array([[*context, *answer]], np.int32)
+        logps = jax.nn.log_softmax(policy.apply_fn(params, tokens)[0, len(context) - 1 : -1])
+        own = np.take_along_axis(np.asarray(logps), tokens[0, len(context) :, None], axis=1)
+        scores[action] = float(own.sum())
+    total = np.logaddexp.reduce(list(scores.values()))
+    first = played[0].steps[0]
+    assert first.answer_logp == pytest.approx(scores[first.action] - total, abs=1e-3)

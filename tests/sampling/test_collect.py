@@ -21,6 +21,7 @@ from w2sjax.sampling import (
     TrajectoryWriter,
     TurnResult,
     collect,
+    collect_choosing,
     make_sampler,
     read_trajectories,
 )
@@ -45,11 +46,12 @@ class Corridor:
         self.places = {}
         self.stepped = []
         self.answers = {}
+        self.offers = ["left", "look", "right"]  # in place 2
         self.rng = random.Random(0)
 
     def submit(self, operation, requests):
         """Answers come in no particular order, and some only when they are waited for."""
-        perform = self._reset if operation == "reset" else self._step
+        perform = {"reset": self._reset, "step": self._step, "actions": self._offers}[operation]
         for slot, argument in requests.items():
             assert slot not in self.answers
             self.answers[slot] = perform(slot, argument)
@@ -68,6 +70,10 @@ class Corridor:
         self.places[slot] = 0
         first = "echo " * 400 if task == "long start" else f"You are at 0. Task: {task}."
         return Reset(first_observation=first, instruction="Walk.", max_steps=self.max_steps)
+
+    def _offers(self, slot, _):
+        place = self.places[slot]
+        return {1: ["left", "right", "two\nlines"], 2: self.offers}.get(place, ["look", "right"])
 
     def _step(self, slot, action):
         self.stepped.append(action)
@@ -415,3 +421,88 @@ def test_what_does_not_fit_together_is_refused():
         _play(sampler, Corridor(2), [])
     with pytest.raises(ValueError, match="'t': rollout -1"):
         _play(Scripted(2, None), Corridor(2), [EpisodeRequest("t", -1)])
+
+
+# ------------------------------------------------------------------------------------------------
+# Choosing among admissible actions.
+# ------------------------------------------------------------------------------------------------
+
+
+def _taste(params, contexts, answers):
+    """Log-probabilities by the action's length and the context's end."""
+    scores = []
+    for context, offered in zip(contexts, answers, strict=True):
+        text = _template().tokenizer.decode(context)
+        scores.append(
+            np.array([-len(a) - 0.5 * ("at 1" in text) * i for i, a in enumerate(offered)])
+        )
+    return scores
+
+
+def _choose(requests, slots=3, pool=None, score=_taste, **settings):
+    sampler = make_sampler(
+        Policy(None, None, None, None),
+        SamplerSettings(settings.pop("max_length", 256), 8, _template().stop_ids, **settings),
+        num_slots=slots,
+    )
+    done = []
+    stats = collect_choosing(
+        sampler, None, _template(), pool or Corridor(slots), requests, score=score,
+        env_name="corridor", policy_name="weak", seed=0, on_done=done.append,
+    )  # fmt: skip
+    return {(t.task_id, t.rollout): t for t in done}, stats
+
+
+def test_only_what_is_offered_is_chosen_and_by_its_probability():
+    requests = [EpisodeRequest(f"task {i}", 0) for i in range(300)]
+    episodes, stats = _choose(requests, slots=8, temperature=2.0)
+    assert len(episodes) == 300 and stats.malformed == 0
+    firsts = Counter(t.steps[0].action for t in episodes.values())
+    assert set(firsts) == {"look", "right"}
+    lengths = [len(_template().encode_answer(f"Action: {a}")) for a in ("look", "right")]
+    expected = 1 / (1 + np.exp((lengths[1] - lengths[0]) / 2.0))
+    assert firsts["right"] / 300 == pytest.approx(expected, abs=0.1)
+    assert {s.action for t in episodes.values() for s in t.steps} == {"left", "look", "right"}
+    for episode in episodes.values():
+        offered = [-lengths[0], -lengths[1]]
+        chosen = ("look", "right").index(episode.steps[0].action)
+        expected = offered[chosen] - np.log(np.exp(offered).sum())
+        assert episode.steps[0].answer_logp == pytest.approx(expected, abs=1e-5)
+        tokens = _template().encode_trajectory(episode).tokens
+        assert sum(len(s.answer_ids) for s in episode.steps) < len(tokens)
+    assert stats.sampled_tokens == sum(
+        len(s.answer_ids) for t in episodes.values() for s in t.steps
+    )
+
+
+def test_choices_do_not_depend_on_slots_or_order_and_greedy_takes_the_best():
+    requests = [EpisodeRequest(f"task {i % 5}", i // 5) for i in range(20)]
+    some, _ = _choose(requests, slots=8)
+    others, _ = _choose(requests[::-1], slots=3)
+    assert _tokens(some) == _tokens(others)
+    best, _ = _choose(requests, temperature=0.0)
+    (actions,) = {tuple(s.action for s in t.steps) for t in best.values()}
+    lengths = {a: len(_template().encode_answer(f"Action: {a}")) for a in ("look", "right")}
+    assert actions[0] == min(lengths, key=lengths.get)
+
+
+def test_nothing_to_choose_from_ends_an_episode_and_says_why():
+    request = [EpisodeRequest("t", 0)]
+    towards = {"temperature": 0.0, "score": lambda p, c, a: [-np.arange(len(x))[::-1] for x in a]}
+    pool = Corridor(1)
+    pool.offers = ["two\nlines", ""]
+    (episode,) = _choose(request, 1, pool, **towards)[0].values()
+    assert episode.status is Status.ENV_ERROR
+    assert "none of 2 actions can be said" in episode.error
+    pool = Corridor(1)
+    pool.offers = []
+    (episode,) = _choose(request, 1, pool, **towards)[0].values()
+    assert (episode.status, episode.error) == (
+        Status.ENV_ERROR, "nothing to choose from: no actions"
+    )  # fmt: skip
+    whole = _template().encode_start("Walk.", "You are at 0. Task: t.")
+    (episode,) = _choose(request, 1, max_length=len(whole) + 1, **towards)[0].values()
+    assert (episode.status, len(episode.steps)) == (Status.TOKEN_LIMIT, 0)
+    nan = dict(score=lambda p, c, a: [np.full(len(x), np.nan) for x in a])
+    (episode,) = _choose(request, 1, **nan)[0].values()
+    assert episode.status is Status.POLICY_ERROR

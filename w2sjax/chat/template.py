@@ -115,6 +115,10 @@ class ChatTemplate:
         """Token ids between the end of an answer and the next one."""
         return self._encode(self._observation, {TextSlot.OBSERVATION: observation}, in_text=False)
 
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Token ids of plain text on its own; nothing in it becomes a control token."""
+        return tuple(self._pieces.encode((text,), {}, in_text=True))
+
     def close_answer(self, answer_ids: Sequence[int]) -> list[int]:
         """Token ids that end a turn which was cut off before it ended itself; [] where it has
         ended."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 from etils import epath
 
-from w2sjax import report
+from w2sjax import batches, parallel, report, train
 from w2sjax.chat import ChatTemplate
 from w2sjax.envs import EnvPool, PlayRequest
 from w2sjax.pipeline.manifests import Stage
@@ -30,6 +32,7 @@ from w2sjax.sampling import (
     SamplerSettings,
     TrajectoryFileError,
     collect,
+    collect_choosing,
     dump_trajectories,
     make_sampler,
     play_episodes,
@@ -77,6 +80,7 @@ class Episodes:
         self._processes = processes
         self._pools: dict[int, EnvPool] = {}
         self._samplers: dict[tuple, Sampler] = {}
+        self._scorers: dict[Policy, train.SequenceScorer] = {}
 
     @contextlib.contextmanager
     def pool(self, *, slots: int) -> Iterator[EnvPool]:
@@ -145,12 +149,12 @@ class Episodes:
         pool: EnvPool,
         requests: Sequence[EpisodeRequest],
         *,
-        temperature: float,
-        top_p: float,
+        draws: Mapping[str, float],
         policy_name: str,
         seed: int,
     ) -> dict[str, Any]:
-        """Lets a model act, in this process's blocks of requests.
+        """Lets a model act, in this process's blocks of requests; `draws` are the temperature and
+        the filters of `SamplerSettings`.
 
         A block is sampled whole: which episodes run side by side decides the last bits of the
         logits, so an interrupted run repeats the block that it was cut in, and ends with the same
@@ -160,7 +164,7 @@ class Episodes:
           This process's share, for `join_episodes`.
         """
         c = self.config
-        key = (policy, temperature, top_p)
+        key = (policy, *sorted(draws.items()))
         if key not in self._samplers:
             self._samplers[key] = make_sampler(
                 policy,
@@ -168,16 +172,19 @@ class Episodes:
                     max_length=c.models.max_length,
                     max_new_tokens=c.rollouts.max_new_tokens,
                     stop_ids=template.stop_ids,
-                    temperature=temperature,
-                    top_p=top_p,
+                    stop_sequences=tuple(map(template.encode_text, c.rollouts.stop)),
+                    **draws,
                 ),
                 num_slots=c.sampler.slots,
             )
+        play = collect
+        if c.sampler.actions == "admissible":
+            play = functools.partial(collect_choosing, score=self._action_scores(policy))
         total = CollectStats()
 
         def sample_block(start: int, progress: Callable[[int, str], None]) -> list[Trajectory]:
             episodes: list[Trajectory] = []
-            stats = collect(
+            stats = play(
                 self._samplers[key],
                 params,
                 template,
@@ -198,6 +205,33 @@ class Episodes:
         numbers = {f.name: getattr(total, f.name) for f in dataclasses.fields(total)}
         del numbers["statuses"]
         return share | {"sampling": numbers | {"episodes": total.episodes}}
+
+    def _action_scores(self, policy: Policy) -> Callable[..., list]:
+        """What `collect_choosing` scores answers with: what they share, the episode so far and the
+        instruction, is computed once."""
+        c = self.config
+        if policy not in self._scorers:
+            mesh = parallel.local_mesh(parallel.make_mesh(**c.mesh))
+            self._scorers[policy] = train.make_sequence_scorer(
+                policy.score_fn,
+                rows_per_batch=mesh.shape["data"] * mesh.shape["fsdp"],
+                row_length=max(batches.round_length(c.models.max_length), 1024),
+                mesh=mesh,
+            )
+
+        def score(params: Any, contexts: Sequence, answers: Sequence) -> list:
+            sequences = [
+                batches.Sequence(
+                    np.array([*context, *answer], np.int32),
+                    np.arange(len(context) + len(answer)) >= len(context),
+                )
+                for context, offered in zip(contexts, answers, strict=True)
+                for answer in offered
+            ]
+            scores = self._scorers[policy](params, sequences)
+            return np.split(scores, np.cumsum([len(offered) for offered in answers])[:-1])
+
+        return score
 
     def _in_blocks(
         self,

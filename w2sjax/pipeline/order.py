@@ -42,6 +42,8 @@ from w2sjax.types import Trajectory
 # What a run reports as one sentence; the whole story goes to error.log in the workdir.
 USER_ERRORS = (ValueError, OSError, FloatingPointError, RuntimeError, ImportError)
 
+_DRAWS = ("temperature", "top_k", "top_p", "min_p")  # of the section `rollouts`
+
 # Fields that decide how a run goes on, not what comes out: they may change between two runs.
 _HOW = ("cache_dir", "env.workers", "env.timeout_s", "env.max_restarts", "train.checkpoint_every")
 
@@ -279,8 +281,7 @@ class _Run:
                 agent.load(weak, alone=True),
                 pool,
                 [EpisodeRequest(t, r) for t in tasks for r in range(c.rollouts.per_task)],
-                temperature=c.rollouts.temperature,
-                top_p=c.rollouts.top_p,
+                draws={name: c.rollouts[name] for name in _DRAWS},
                 policy_name="weak",
                 seed=c.seed,
             )
@@ -384,14 +385,13 @@ class _Run:
                     agent.load(policy, alone=True),
                     pool,
                     [EpisodeRequest(task, 0) for task in tasks],
-                    temperature=c.evaluate.temperature if mode == "sampled" else 0.0,
-                    top_p=1.0,
+                    draws={"temperature": c.evaluate.temperature if mode == "sampled" else 0.0},
                     policy_name=name,
                     seed=c.seed,
                 )
 
         fields = ("env", "seed", "tasks.held_out", "tasks.held_out_split", "sampler",
-                  "rollouts.max_new_tokens", "models.max_length")  # fmt: skip
+                  "rollouts.max_new_tokens", "rollouts.stop", "models.max_length")  # fmt: skip
         fields += ("evaluate.temperature",) if mode == "sampled" else ()
         return self.stages.run(
             f"evaluate/{name}.{mode}", fields, {"policy": policy}, make, finish=join_episodes

@@ -1,5 +1,6 @@
 """Sampling: how a policy's answers are drawn, how it plays environments, and episodes on disk."""
 
+from w2sjax.sampling.choose import collect_choosing
 from w2sjax.sampling.collect import CollectStats, EpisodeRequest, collect
 from w2sjax.sampling.demonstrations import play_episodes
 from w2sjax.sampling.sampler import (
@@ -28,6 +29,7 @@ __all__ = [
     "TrajectoryWriter",
     "TurnResult",
     "collect",
+    "collect_choosing",
     "dump_trajectories",
     "make_sampler",
     "play_episodes",

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -92,7 +92,8 @@ class _Episode:
     context: int = 0  # tokens in the slot's context
     score: float = 0.0
     steps: list[Step] = dataclasses.field(default_factory=list)
-    said: Step | None = None  # an answer whose action the environment is performing
+    expects: str = "reset"  # what the environment was asked for last: an operation of `EnvPool`
+    said: Step | None = None  # the answer whose action the environment is performing
 
 
 def collect(
@@ -145,8 +146,17 @@ def collect(
       ValueError: sampler, pool and template do not fit together.
       RuntimeError: the pool has restarted its workers too often.
     """
-    _check(sampler, template, pool, requests)
-    run = _Run(sampler, params, template, pool, env_name, policy_name, seed, on_done, patience)
+    check_fit(sampler, template, pool, requests)
+    run = Run(sampler, params, template, pool, env_name, policy_name, seed, on_done, patience)
+    return go_through(run, requests, progress)
+
+
+def go_through(
+    run: Run,
+    requests: Sequence[EpisodeRequest],
+    progress: Callable[[int, int, CollectStats], None] | None,
+) -> CollectStats:
+    """Plays all requests of a collection."""
     started = time.perf_counter()
     queue = collections.deque(requests)
     reported = 0
@@ -161,7 +171,7 @@ def collect(
     return run.stats
 
 
-def _check(
+def check_fit(
     sampler: Sampler, template: ChatTemplate, pool: EnvPool, requests: Sequence[EpisodeRequest]
 ) -> None:
     if sampler.num_slots != pool.num_slots:
@@ -180,7 +190,7 @@ def _check(
 
 
 @jax.jit
-def _turn_keys(
+def turn_keys(
     key: jax.Array, high: jax.Array, low: jax.Array, rollout: jax.Array, turn: jax.Array
 ) -> jax.Array:
     """PRNG keys [S] of one turn; all arguments but `key` are uint32 [S]."""
@@ -199,8 +209,8 @@ def _task_hash(task_id: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
 
 
-class _Run:
-    """The state of one collection."""
+class Run:
+    """The state of one collection: episodes by slot, and what happens to them."""
 
     def __init__(
         self,
@@ -219,7 +229,7 @@ class _Run:
         self._env_name, self._policy_name, self._seed = env_name, policy_name, seed
         self._on_done = on_done
         self._key = jax.random.key(seed)
-        self._state: SlotState = sampler.init()
+        self._state: SlotState | None = None  # made when the model is first needed
         self._episodes: dict[int, _Episode] = {}  # slot → the episode under way
         self._ready: set[int] = set()  # slots whose chunk the model has not got yet
         self._speaking = 0  # slots whose answer is under way
@@ -256,6 +266,8 @@ class _Run:
 
     def _ask(self, operation: str, requests: Mapping[int, str]) -> None:
         began = time.perf_counter()
+        for slot in requests:
+            self._episodes[slot].expects = operation
         self._pool.submit(operation, requests)  # environments of this process work here and now
         self.stats.env_seconds += time.perf_counter() - began
 
@@ -268,10 +280,16 @@ class _Run:
         self.stats.env_seconds += time.perf_counter() - began
         for slot, answer in answers.items():
             episode = self._episodes[slot]
-            if episode.said is None:
+            if episode.expects == "reset":
                 self._begin(slot, episode, answer)
+            elif episode.expects == "actions":
+                self._offer(slot, episode, answer)
             else:
                 self._advance(slot, episode, episode.said, answer)
+
+    def _offer(self, slot: int, episode: _Episode, actions: Sequence[str] | EnvFailure) -> None:
+        """What may be done; asked for only where the agent chooses among it."""
+        raise NotImplementedError
 
     def _begin(self, slot: int, episode: _Episode, reset: Reset | EnvFailure) -> None:
         if isinstance(reset, EnvFailure):
@@ -289,28 +307,36 @@ class _Run:
     def _feed(self) -> None:
         """Gives the model the chunks that are ready."""
         began = time.perf_counter()
+        if self._state is None:
+            self._state = self._sampler.init()
         num_slots = self._sampler.num_slots
         chunk = np.zeros(
             (num_slots, max(len(self._episodes[slot].chunk) for slot in self._ready)), np.int32
         )
         length = np.zeros(num_slots, np.int32)
         reset = np.zeros(num_slots, bool)
-        words = np.zeros((4, num_slots), np.uint32)
         for slot in self._ready:
             episode = self._episodes[slot]
             length[slot] = len(episode.chunk)
             chunk[slot, : length[slot]] = episode.chunk
             reset[slot] = not episode.steps
-            words[:, slot] = (*episode.task_hash, episode.request.rollout, len(episode.steps))
             episode.context += len(episode.chunk)
         self._state = self._sampler.feed(
-            self._params, self._state, chunk, length, reset, _turn_keys(self._key, *words)
+            self._params, self._state, chunk, length, reset, self._keys(self._ready)
         )
         self._speaking += len(self._ready)
         self._ready.clear()
         self.stats.turns += int((length > 0).sum())
         self.stats.prompt_tokens += int(length.sum())
         self.stats.model_seconds += time.perf_counter() - began
+
+    def _keys(self, slots: Iterable[int]) -> jax.Array:
+        """PRNG keys [S] for the next turns of some slots."""
+        words = np.zeros((4, self._sampler.num_slots), np.uint32)
+        for slot in slots:
+            episode = self._episodes[slot]
+            words[:, slot] = (*episode.task_hash, episode.request.rollout, len(episode.steps))
+        return turn_keys(self._key, *words)
 
     def _speak(self) -> None:
         """Samples until a few answers have ended, or the environments have had time enough."""
