@@ -17,8 +17,10 @@ from collections.abc import Mapping, Sequence
 
 from w2sjax.envs.base import Outcome
 from w2sjax.envs.java import find_java
+from w2sjax.envs.jvm import check_heap_mb
 from w2sjax.envs.scienceworld_expert import PlanPlayer, PlanStep, items_in, location_in, make_plan
 from w2sjax.envs.scienceworld_jvm import Simulator, check_packages
+from w2sjax.envs.text import compact, one_line
 
 # Tasks that a short text dialogue solves: gold paths of at most 12 actions.
 SHORT_TASKS = (
@@ -86,7 +88,6 @@ PLACES = (
 )
 
 _MAX_ACTION_CHARS = 300  # the longest action that means something has about 120
-_MIN_HEAP_MB = 64
 _RESET_TASK = re.compile(r"\s*reset\s+task\s*", re.IGNORECASE)
 # Things that the simulator refuses to pick up, besides places, doors and substances.
 _FIXED = re.compile(
@@ -153,16 +154,12 @@ class ScienceWorld:
             self.instruction = instruction
         self._tasks = _checked_tasks(tasks)
         self._simplification = _checked_simplification(simplification)
-        if isinstance(heap_mb, bool) or not isinstance(heap_mb, int) or heap_mb < _MIN_HEAP_MB:
-            raise ValueError(
-                f"heap_mb: want a whole number of at least {_MIN_HEAP_MB}, got {heap_mb!r}"
-            )
         for task, limit in (max_steps or {}).items():
             if task not in TASKS or not isinstance(limit, int) or limit < 1:
                 raise ValueError(
                     f"max_steps: want task name → positive whole number, got {task!r}: {limit!r}"
                 )
-        self._heap_mb = heap_mb
+        self._heap_mb = check_heap_mb(heap_mb)
         self._limits = {task: limit for task, (_, limit) in TASKS.items()} | dict(max_steps or {})
         self._teleport = simplification == "easy" or "teleportAction" in simplification.split(",")
         check_packages()
@@ -221,7 +218,7 @@ class ScienceWorld:
         simulator = self._playing()
         if self._last.done:
             return Outcome("The task is over.", self._last.score, True, self._last.success)
-        action = _sendable(action)
+        action = one_line(action, _MAX_ACTION_CHARS)
         if _RESET_TASK.fullmatch(action):
             return Outcome("No known action matches that input.", self._last.score, False, False)
         text, raw, completed = simulator.step(action)
@@ -308,19 +305,6 @@ def split_variations(task: str, split: str) -> list[int]:
     random.Random(len(fold)).shuffle(fold)
     half, end = len(fold) // 2, len(fold) // 2 + max(1, len(fold) // 10)
     return sorted({"pretrain": fold[:half], "demos": fold[half:end], "train": fold[end:]}[split])
-
-
-def compact(text: str) -> str:
-    """The text with every line's runs of white space made one space, and blank lines left out."""
-    lines = (" ".join(line.split()) for line in text.splitlines())
-    return "\n".join(line for line in lines if line)
-
-
-def _sendable(action: str) -> str:
-    """An action as the simulator can take it: one line, no control characters, not endless."""
-    start = action[: 4 * _MAX_ACTION_CHARS].encode(errors="replace").decode()
-    printable = "".join(char if char.isprintable() else " " for char in start)
-    return " ".join(printable.split())[:_MAX_ACTION_CHARS]
 
 
 def _clipped(raw: float) -> float:
