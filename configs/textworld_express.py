@@ -6,9 +6,9 @@
     python launch.py --config=configs/textworld_express.py:dev     # on the dev fold, for settings
 
 No Java is needed: the extra brings its own.
-Hardware: 2 CPU cores, 4 GB. Time: the smoke variant took 3 min from nothing on busy cores. The whole
-job has not been run yet: its sizes follow configs/household.py, no setting was tuned, and there is
-no result.
+Hardware: 2 CPU cores, 4 GB. Time: the smoke variant took 3 min from nothing on busy cores. The
+whole job has not been run yet: its sizes follow configs/household.py, no setting was tuned, and
+there is no result.
 """
 
 from w2sjax.config import default_config
