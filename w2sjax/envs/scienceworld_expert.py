@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from w2sjax.envs.scienceworld_jvm import Simulator
-from w2sjax.envs.scienceworld_trim import SLIPS, WAIT, WAIT_ONE, Played, proposals
+from w2sjax.envs.scienceworld_trim import SLIPS, WAIT, WAIT_ONE, Played, proposals, unmeasured
 
 # The house: which places a door joins. Used where there is no teleporting.
 DOORS = {
@@ -160,6 +160,8 @@ def _candidates(
         seen = [item for look in looks for item in items_in(look)]
         yield [_as_seen(action, seen) for action in short], True
         yield short, True
+        for less in unmeasured(task, short):  # where heating for as long as that burns the thing
+            yield less, True
     yield gold, False
 
 

@@ -54,6 +54,12 @@ def proposals(task: str, plan: Sequence[Played]) -> Iterator[list[str]]:
             yield shorter
 
 
+def unmeasured(task: str, actions: Sequence[str]) -> Iterator[list[str]]:
+    """For a task won by a change of state: the actions without measuring, and less time spent."""
+    if task in _CHANGES_OF_STATE:
+        yield _without_measuring(_without_wandering(actions), False)
+
+
 def _without_slips(plan: Sequence[Played]) -> list[str]:
     """Without the actions that did nothing."""
     return [step.action for step in plan if not _NOTHING.search(step.reply)]
@@ -73,15 +79,22 @@ def _without_wandering(actions: Sequence[str]) -> list[str]:
 
 
 def _without_measuring(actions: Sequence[str], keep_time: bool) -> list[str]:
-    """Runs of measuring and waiting become waiting alone, or, but for the last, nothing."""
+    """Runs of measuring and waiting become waiting alone, or, but for the last, a look or nothing.
+
+    Args:
+      actions: of a plan.
+      keep_time: whether there is waiting in place of all runs, not of the last alone.
+    """
     runs = [(busy, list(run)) for busy, run in groupby(actions, key=_is_measuring)]
     last = max((index for index, (busy, _) in enumerate(runs) if busy), default=-1)
     kept: list[str] = []
     for index, (busy, run) in enumerate(runs):
-        if not busy or len(run) < 3:
+        if not busy:
             kept += run
-        elif keep_time or index == last:
-            ticks = sum(_TICKS.get(action, 1 - action.startswith("examine ")) for action in run)
+            continue
+        kept += [LOOK] * (LOOK in run)
+        if keep_time or index == last:
+            ticks = sum(_TICKS.get(action, action.startswith("use ")) for action in run)
             kept += [WAIT] * -(-ticks // _TICKS[WAIT])
     return kept
 
