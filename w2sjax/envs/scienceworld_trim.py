@@ -19,6 +19,7 @@ _NOTHING = re.compile(
     r"already (?:open|closed|activated|deactivated)|\A(?:" + "|".join(SLIPS) + ")"
 )
 _MEASURING = re.compile(r"examine .*|use thermometer .*|look around|wait1?")
+_MAX_RUNS = 4
 _TICKS = {WAIT: 10, WAIT_ONE: 1}  # of the simulator's clock; looks and examinations are free
 
 
@@ -45,7 +46,8 @@ def proposals(task: str, plan: Sequence[Played]) -> Iterator[list[str]]:
         ]
     rules += [lambda: _with_long_waits(actions, None)]
     runs = sum(is_wait for is_wait, _ in groupby(actions, key=WAIT_ONE.__eq__))
-    rules += [lambda run=run: _with_long_waits(actions, run) for run in range(runs)]
+    if runs <= _MAX_RUNS:  # each proposal is played, and one of the long tasks takes seconds
+        rules += [lambda run=run: _with_long_waits(actions, run) for run in range(runs)]
     seen = [actions]
     for rule in rules:
         shorter = rule()
