@@ -47,7 +47,7 @@ TASKS: Mapping[str, tuple[int, int]] = {
     "identify-life-stages-2": (10, 30),
     "inclined-plane-determine-angle": (168, 180),
     "inclined-plane-friction-named-surfaces": (1386, 180),
-    "inclined-plane-friction-unnamed-surfaces": (162, 180),
+    "inclined-plane-friction-unnamed-surfaces": (162, 200),
     "lifespan-longest-lived": (125, 10),
     "lifespan-longest-lived-then-shortest-lived": (125, 12),
     "lifespan-shortest-lived": (125, 10),
