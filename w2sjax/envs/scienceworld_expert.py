@@ -3,16 +3,19 @@
 A plan comes from the package's gold player, with its walking collapsed into `teleport to` where
 that action exists, and objects named as the observations name them. For the find-* tasks, where the
 gold player carries any thing at all, one that is easy to carry is chosen here, in a fixed order. A
-plan that does not win when played is dropped for the next candidate; the last is the gold path.
+plan that does not win when played is dropped for the next candidate; the last is the gold path. The
+plan that wins is then made shorter (`scienceworld_trim`), each time only if it still wins.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+from collections import deque
 from collections.abc import Iterator
 
 from w2sjax.envs.scienceworld_jvm import Simulator
+from w2sjax.envs.scienceworld_trim import SLIPS, WAIT, WAIT_ONE, Played, proposals, unmeasured
 
 # The house: which places a door joins. Used where there is no teleporting.
 DOORS = {
@@ -30,6 +33,7 @@ DOORS = {
 _LOOK = "look around"
 _FOCUS = "focus on "
 _TELEPORT = "teleport to "
+_PATIENCE = 12  # how often a plan that waits is made to wait once more
 # What lies about and is no thing to be found: fixed, or no single object.
 _NOT_A_FIND = re.compile(
     r"agent|air|ground|wood|water|axe|fire pit|fountain|sink|oven|fridge|freezer|stove|bathtub"
@@ -81,25 +85,54 @@ def make_plan(
     Raises:
       RuntimeError: not even the gold path wins.
     """
-    candidates = _candidates(simulator, task, variation, simplification, teleport)
-    for candidate, strict in candidates:
+    for candidate, strict in _candidates(simulator, task, variation, simplification, teleport):
         simulator.load(task, variation, simplification)
         plan = _play(simulator, candidate, strict)
         if plan is not None:
-            return plan
-    raise RuntimeError(
-        f"ScienceWorld: the gold path of {task}, variation {variation}, does not win"
-    )
+            break
+    else:
+        raise RuntimeError(
+            f"ScienceWorld: the gold path of {task}, variation {variation}, does not win"
+        )
+    improved = True
+    while improved:
+        improved = False
+        for proposal in proposals(task, plan):
+            simulator.load(task, variation, simplification)
+            shorter = _play(simulator, proposal, strict)
+            if shorter is not None and len(shorter) < len(plan):
+                plan, improved = shorter, True
+                break
+    return tuple(PlanStep(step.action, step.location) for step in plan)
 
 
-def _play(simulator: Simulator, actions: list[str], strict: bool) -> tuple[PlanStep, ...] | None:
-    """Plays actions from the start; the steps up to the win, or None. Strict: without slips."""
-    steps = []
+def _play(simulator: Simulator, actions: list[str], strict: bool) -> tuple[Played, ...] | None:
+    """Plays actions from the start; the steps up to the win, or None.
+
+    Args:
+      simulator: with the task loaded.
+      actions: to play. Plans that wait are helped with more waiting where a thing to be focused on
+        is not there yet, and at the end.
+      strict: whether the first slip is the end.
+    """
+    steps: list[Played] = []
     location = location_in(simulator.look())
-    for action in actions:
-        steps.append(PlanStep(action, location))
+    waits = any(action in (WAIT, WAIT_ONE) for action in actions)
+    queue = deque(actions)
+    patience = _PATIENCE if waits else 0
+    while queue or patience:
+        if not queue:
+            queue.append(WAIT)
+            patience -= 1
+        action = queue.popleft()
         text, score, completed = simulator.step(action)
-        if score < 0 or (strict and text.startswith(("No known action", "Unknown action"))):
+        slipped = text.startswith(SLIPS)
+        if slipped and patience and action.startswith(_FOCUS):
+            queue.extendleft((action, WAIT_ONE))
+            patience -= 1
+            continue
+        steps.append(Played(action, location, text))
+        if score < 0 or (strict and slipped):
             return None
         if completed:
             return tuple(steps) if score > 0.995 else None
@@ -127,6 +160,8 @@ def _candidates(
         seen = [item for look in looks for item in items_in(look)]
         yield [_as_seen(action, seen) for action in short], True
         yield short, True
+        for less in unmeasured(task, short):  # where heating for as long as that burns the thing
+            yield less, True
     yield gold, False
 
 

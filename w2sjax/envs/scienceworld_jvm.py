@@ -10,31 +10,15 @@ costs about 1 MB.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
-import logging
-import os
-import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-from w2sjax.envs.java import find_java
+from w2sjax.envs import jvm
 
-_STOP_SECONDS = 5.0
-# The simulator walks through hash sets of objects that have no hash of their own: by default the
-# order in which things are listed, and the gold player's choices, would differ from run to run. One
-# hash for all objects makes it the order of insertion, for a fifth more time. (A quarter of the
-# heap is for young objects, -Xmn: a step makes megabytes of garbage, and nearly nothing stays.)
-_JVM_OPTIONS = (
-    "-XX:+UseSerialGC",
-    "-XX:+IgnoreUnrecognizedVMOptions",
-    "-XX:+UnlockExperimentalVMOptions",
-    "-XX:hashCode=2",
-)
 # The generator behind scala.util.Random is java.util.Random: 48 bits, x ← x·a + c, output x >> 16.
 _LCG_A, _LCG_C, _LCG_MASK = 0x5DEECE66D, 0xB, (1 << 48) - 1
 _LCG_A_INVERSE = pow(_LCG_A, -1, 1 << 48)
@@ -50,61 +34,42 @@ class _SharedState(NamedTuple):
 
 def check_packages() -> None:
     """Raises ImportError, saying what to install, where ScienceWorld's packages are missing."""
-    missing = [name for name in ("scienceworld", "py4j") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"the ScienceWorld environment needs the package(s) {', '.join(missing)}: "
-            "pip install -e '.[scienceworld]'"
-        )
+    jvm.check_packages("ScienceWorld", ("scienceworld", "py4j"), "scienceworld")
 
 
-class _Jvm:
+class _Jvm(jvm.Jvm):
     """A running JVM with ScienceWorld's jar, and whose turn it is."""
 
-    def __init__(self, java: str, heap_mb: int):
-        import scienceworld.constants
-        from py4j.java_gateway import GatewayParameters, JavaGateway, find_jar_path
+    title = "ScienceWorld"
+    # The simulator walks through hash sets of objects that have no hash of their own: by default
+    # the order in which things are listed, and the gold player's choices, would differ from run to
+    # run. One hash for all objects makes it the order of insertion, for a fifth more time. (A
+    # quarter of the heap is for young objects, -Xmn: a step makes megabytes of garbage, and nearly
+    # nothing stays.)
+    options = (
+        "-Xmn{quarter}m",
+        "-XX:+UseSerialGC",
+        "-XX:+IgnoreUnrecognizedVMOptions",
+        "-XX:+UnlockExperimentalVMOptions",
+        "-XX:hashCode=2",
+    )
 
-        class_path = os.pathsep.join((find_jar_path(), scienceworld.constants.JAR_PATH))
-        command = [java, f"-Xmx{heap_mb}m", f"-Xmn{heap_mb // 4}m", *_JVM_OPTIONS, "-cp"]
-        command += [class_path, "py4j.GatewayServer", "--die-on-broken-pipe", "--enable-auth", "0"]
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
-        # In a group of its own, so that Ctrl-C reaches Python alone. It ends with its input.
-        self.process = subprocess.Popen(
-            command,
-            cwd=scienceworld.constants.BASEPATH,  # the jar reads a table from there
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            process_group=0,
-        )
-        port, token = self.process.stdout.readline(), self.process.stdout.readline()
-        if not token.strip():
-            self.process.kill()
-            self._errors.seek(0)
-            said = self._errors.read().decode(errors="replace").strip()[-500:]
-            self.stop()
-            raise RuntimeError(f"ScienceWorld's JVM did not start ({' '.join(command)}): {said}")
-        self.gateway = JavaGateway(
-            gateway_parameters=GatewayParameters(
-                port=int(port), auth_token=token.decode().strip(), auto_field=True
-            )
-        )
-        # A lost JVM is reported once, by the RuntimeError of `Simulator`.
-        logging.getLogger("py4j").setLevel(logging.CRITICAL)
-        jvm = self.gateway.jvm
-        # The jar prints every object it sees. Silence it before Scala takes hold of the stream.
-        jvm.java.lang.System.setOut(jvm.java.io.PrintStream(os.devnull))
-        self.new_server = jvm.scienceworld.runtime.pythonapi.PythonInterface
-        self.join = jvm.java.lang.String.join
-        self._ids = jvm.util.UniqueIdentifier
-        self._simplifier = jvm.main.scala.scienceworld.runtime.SimplifierProcessor
-        self.random = getattr(getattr(jvm.scala.util, "Random$"), "MODULE$")
+    def __init__(self, java: str, heap_mb: int):
+        super().__init__(java, heap_mb)
+        java_side = self.gateway.jvm
+        self.new_server = java_side.scienceworld.runtime.pythonapi.PythonInterface
+        self._ids = java_side.util.UniqueIdentifier
+        self._simplifier = java_side.main.scala.scienceworld.runtime.SimplifierProcessor
+        self.random = getattr(getattr(java_side.scala.util, "Random$"), "MODULE$")
         self.lock = threading.RLock()
-        self.users = 0
-        self.alive = True
         self.current: Simulator | None = None
         self.simplifications = ""
+
+    def files(self) -> tuple[str, str]:
+        import scienceworld.constants
+
+        # The jar reads a table from its own folder.
+        return scienceworld.constants.JAR_PATH, scienceworld.constants.BASEPATH
 
     def save(self, simplifications: str) -> _SharedState:
         first, second = (self.random.nextInt() & 0xFFFFFFFF for _ in range(2))
@@ -117,22 +82,6 @@ class _Jvm:
             self._simplifier.parseSimplificationStr(state.simplifications)
             self.simplifications = state.simplifications
 
-    def stop(self) -> None:
-        """Ends the JVM; safe to call twice."""
-        self.alive = False
-        if self.process.stdin and not self.process.stdin.closed:
-            if hasattr(self, "gateway"):
-                self.gateway.close()
-            with contextlib.suppress(OSError):  # the JVM may be gone already
-                self.process.stdin.close()
-        try:
-            self.process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
-        self._errors.close()
-
 
 def _lcg_state(first: int, second: int) -> int:
     """The state of java.util.Random before it gave two 32-bit numbers (16 bits by search)."""
@@ -140,10 +89,6 @@ def _lcg_state(first: int, second: int) -> int:
     after_second = (after_first * np.uint64(_LCG_A) + np.uint64(_LCG_C)) & np.uint64(_LCG_MASK)
     found = np.flatnonzero(after_second >> np.uint64(16) == np.uint64(second))
     return (int(after_first[found[0]]) - _LCG_C) * _LCG_A_INVERSE & _LCG_MASK
-
-
-_jvms: dict[tuple[int, str, int], _Jvm] = {}  # by process, Java and heap size
-_jvms_lock = threading.Lock()
 
 
 class Simulator:
@@ -159,17 +104,11 @@ class Simulator:
 
     def __init__(self, heap_mb: int):
         check_packages()
-        key = (os.getpid(), find_java(), heap_mb)
-        with _jvms_lock:
-            jvm = _jvms.get(key)
-            if jvm is None or not jvm.alive or jvm.process.poll() is not None:
-                jvm = _jvms[key] = _Jvm(key[1], heap_mb)
-            jvm.users += 1
-        self._jvm: _Jvm | None = jvm
+        self._jvm: _Jvm | None = jvm.acquire(_Jvm, heap_mb)
         self._state: _SharedState | None = None
         self._simplifications = ""
         with self._turn(loading=True):
-            self._server = jvm.new_server()
+            self._server = self._jvm.new_server()
             self._forget_task_library()
 
     @property
@@ -180,8 +119,7 @@ class Simulator:
     @property
     def usable(self) -> bool:
         """Whether the simulator is open and its JVM runs."""
-        jvm = self._jvm
-        return jvm is not None and jvm.alive and jvm.process.poll() is None
+        return self._jvm is not None and self._jvm.running
 
     def load(self, task: str, variation: int, simplification: str) -> None:
         """Starts a task anew (about 25 ms once the JVM is warm)."""
@@ -229,11 +167,11 @@ class Simulator:
         the episode's own random numbers stay untouched.
         """
         with self._turn():
-            jvm = self._jvm
-            state = jvm.save(self._simplifications)
-            jvm.random.setSeed(0)
-            joined = jvm.join("\n", self._server.getValidActionObjectCombinations())
-            jvm.restore(state)
+            own = self._jvm
+            state = own.save(self._simplifications)
+            own.random.setSeed(0)
+            joined = own.join("\n", self._server.getValidActionObjectCombinations())
+            own.restore(state)
         return sorted(set(joined.split("\n"))) if joined else []
 
     def folds(self, task: str) -> dict[str, list[int]]:
@@ -248,18 +186,13 @@ class Simulator:
 
     def close(self) -> None:
         """Lets go of the simulator; the last one out ends the JVM. May be called twice."""
-        jvm, self._jvm = self._jvm, None
-        if jvm is None:
+        own, self._jvm = self._jvm, None
+        if own is None:
             return
-        with jvm.lock:
-            if jvm.current is self:
-                jvm.current = None
-        with _jvms_lock:
-            jvm.users -= 1
-            if jvm.users == 0:
-                jvm.stop()
-                for key in [key for key, value in _jvms.items() if value is jvm]:
-                    del _jvms[key]
+        with own.lock:
+            if own.current is self:
+                own.current = None
+        jvm.release(own)
 
     def _alive(self) -> _Jvm:
         if self._jvm is None:
@@ -286,28 +219,13 @@ class Simulator:
     @contextlib.contextmanager
     def _turn(self, loading: bool = False) -> Iterator[None]:
         """Makes it this simulator's turn; a load sets all shared state itself."""
-        from py4j.protocol import Py4JError, Py4JJavaError, Py4JNetworkError
-
-        jvm = self._alive()
-        with jvm.lock:
-            try:
-                previous = jvm.current
-                if previous is not self:
-                    if previous is not None:
-                        previous._state = jvm.save(previous._simplifications)
-                    if self._state is not None and not loading:
-                        jvm.restore(self._state)
-                    jvm.current = self
-                yield
-            except Py4JJavaError as error:
-                said = str(error.java_exception).splitlines()[0]
-                if "OutOfMemoryError" in said:
-                    jvm.stop()
-                    said += "; raise env.options.heap_mb"
-                raise RuntimeError(f"ScienceWorld's simulator failed: {said}") from error
-            except (Py4JNetworkError, Py4JError, OSError) as error:
-                jvm.stop()
-                raise RuntimeError(
-                    f"ScienceWorld's JVM (process {jvm.process.pid}, exit code "
-                    f"{jvm.process.returncode}) gave no answer: {error}"
-                ) from error
+        own = self._alive()
+        with own.lock, own.calling():
+            previous = own.current
+            if previous is not self:
+                if previous is not None:
+                    previous._state = own.save(previous._simplifications)
+                if self._state is not None and not loading:
+                    own.restore(self._state)
+                own.current = self
+            yield

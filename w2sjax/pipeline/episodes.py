@@ -90,7 +90,7 @@ class Episodes:
             env = self.config.env
             self._pools[slots] = EnvPool(
                 env.name,
-                dict(env.options),
+                env.options.to_dict(),
                 num_slots=slots,
                 num_workers=env.workers,
                 timeout_s=env.timeout_s,

@@ -120,7 +120,7 @@ def _check_environment(config: ml_collections.ConfigDict) -> None:
       ValueError: unknown environment or split, an impossible option, or more tasks than there are.
     """
     c = config
-    env = make_env(c.env.name, **dict(c.env.options))
+    env = make_env(c.env.name, **c.env.options.to_dict())
     try:
         for split, count in (
             ("pretrain", c.pretrain.tasks),

@@ -1,0 +1,119 @@
+"""Ways to make a plan for ScienceWorld shorter. Each proposal still has to be played to see it win.
+
+The package's gold player tries doors that are open, looks into rooms for nothing, measures
+temperatures while it waits, and waits one step at a time where `wait` waits for ten.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+SLIPS = ("No known action", "Unknown action", "It's not clear", "That request")
+WAIT, WAIT_ONE, LOOK, TELEPORT = "wait", "wait1", "look around", "teleport to "
+# Tasks that are won by a change of state, whatever was measured on the way.
+_CHANGES_OF_STATE = ("boil", "change-the-state-of-matter-of", "freeze", "melt")
+_NOTHING = re.compile(
+    r"already (?:open|closed|activated|deactivated)|\A(?:" + "|".join(SLIPS) + ")"
+)
+_MEASURING = re.compile(r"examine .*|use thermometer .*|look around|wait1?")
+_MAX_RUNS = 4
+_TICKS = {WAIT: 10, WAIT_ONE: 1}  # of the simulator's clock; looks and examinations are free
+
+
+class Played(NamedTuple):
+    """One action of a plan, where the agent stood, and what was answered."""
+
+    action: str
+    location: str
+    reply: str
+
+
+def proposals(task: str, plan: Sequence[Played]) -> Iterator[list[str]]:
+    """Shorter action sequences that may win as well, most hopeful first; none for short plans."""
+    if len(plan) <= 12:
+        return
+    actions = [step.action for step in plan]
+    measuring = task in _CHANGES_OF_STATE
+    rules = [lambda: _without_wandering(_without_slips(plan)), lambda: _without_slips(plan)]
+    if measuring:
+        rules = [
+            lambda: _without_measuring(_without_wandering(_without_slips(plan)), False),
+            lambda: _without_measuring(_without_wandering(_without_slips(plan)), True),
+            *rules,
+        ]
+    rules += [lambda: _with_long_waits(actions, None)]
+    runs = sum(is_wait for is_wait, _ in groupby(actions, key=WAIT_ONE.__eq__))
+    if runs <= _MAX_RUNS:  # each proposal is played, and one of the long tasks takes seconds
+        rules += [lambda run=run: _with_long_waits(actions, run) for run in range(runs)]
+    seen = [actions]
+    for rule in rules:
+        shorter = rule()
+        if len(shorter) < len(actions) and shorter not in seen:
+            seen.append(shorter)
+            yield shorter
+
+
+def unmeasured(task: str, actions: Sequence[str]) -> Iterator[list[str]]:
+    """For a task won by a change of state: the actions without measuring, and less time spent."""
+    if task in _CHANGES_OF_STATE:
+        yield _without_measuring(_without_wandering(actions), False)
+
+
+def _without_slips(plan: Sequence[Played]) -> list[str]:
+    """Without the actions that did nothing."""
+    return [step.action for step in plan if not _NOTHING.search(step.reply)]
+
+
+def _without_wandering(actions: Sequence[str]) -> list[str]:
+    """Without places that were gone to, at most looked at, and left."""
+    kept: list[str] = []
+    for action in actions:
+        if action.startswith(TELEPORT):
+            if kept and kept[-1] == LOOK and len(kept) > 1 and kept[-2].startswith(TELEPORT):
+                del kept[-2:]
+            elif kept and kept[-1].startswith(TELEPORT):
+                del kept[-1:]
+        kept.append(action)
+    return kept
+
+
+def _without_measuring(actions: Sequence[str], keep_time: bool) -> list[str]:
+    """Runs of measuring and waiting become waiting alone, or, but for the last, a look or nothing.
+
+    Args:
+      actions: of a plan.
+      keep_time: whether there is waiting in place of all runs, not of the last alone.
+    """
+    runs = [(busy, list(run)) for busy, run in groupby(actions, key=_is_measuring)]
+    last = max((index for index, (busy, _) in enumerate(runs) if busy), default=-1)
+    kept: list[str] = []
+    for index, (busy, run) in enumerate(runs):
+        if not busy:
+            kept += run
+            continue
+        kept += [LOOK] * (LOOK in run)
+        if keep_time or index == last:
+            ticks = sum(_TICKS.get(action, action.startswith("use ")) for action in run)
+            kept += [WAIT] * -(-ticks // _TICKS[WAIT])
+    return kept
+
+
+def _is_measuring(action: str) -> bool:
+    return _MEASURING.fullmatch(action) is not None
+
+
+def _with_long_waits(actions: Sequence[str], only: int | None) -> list[str]:
+    """Runs of at least three `wait1`, or one of them, as the `wait` that covers them."""
+    kept: list[str] = []
+    run_index = 0
+    for is_wait, run in groupby(actions, key=WAIT_ONE.__eq__):
+        run = list(run)
+        if is_wait:
+            if len(run) >= 3 and only in (None, run_index):
+                run = [WAIT] * -(-len(run) // _TICKS[WAIT])
+            run_index += 1
+        kept += run
+    return kept
