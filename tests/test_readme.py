@@ -9,7 +9,7 @@ import pytest
 from w2sjax.config import default_config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "BUILD_NOTES.md")
+DOCUMENTS = ("README.md", "BUILD_NOTES.md", "docs/environments.md")
 COMMANDS = (
     "pip install -e . && python launch.py --config=configs/household.py",
     "pip install -e '.[test]' && pytest",

@@ -205,7 +205,8 @@ def test_the_plan_follows_the_mesh():
     assert (data.parameters, data.optimizer) == (one.parameters, one.optimizer)
     assert data.activations == one.activations / 8
     assert data.logits < one.logits  # of a chunk, which is no smaller, and the stream's gradient
-    assert data.cache == one.cache
+    assert data.cache == one.cache / 8
+    assert plan(mesh=ONE | {"data": 16}, rows=16).cache == one.cache  # 8 slots do not divide
     fsdp = plan(mesh=ONE | {"fsdp": 8}, rows=16)
     assert one.parameters / 8 < fsdp.parameters < one.parameters / 7
     assert one.gradients / 8 < fsdp.gradients < one.gradients / 7

@@ -12,7 +12,7 @@ import textwrap
 from hf_cases import write_checkpoint
 
 COMMON = """
-    import re, functools, math
+    import dataclasses, re, functools, math
     import jax, jax.numpy as jnp, numpy as np, optax
     from w2sjax import parallel, train
     from w2sjax.batches import PairSequences, Sequence, pack_rows, pair_parts
@@ -55,6 +55,42 @@ COMMON = """
         shardings = parallel.param_shardings(params, PARTITION_RULES, mesh)
         state = train.init_state(params, tx, mesh=mesh, param_shardings=shardings)
         return state, frozen, train.make_train_step(make_score_fn(config), loss_fn, tx, mesh=mesh)
+"""
+
+SAMPLED = """
+    # The same tokens on every mesh, from slots that are split over it.
+    from w2sjax.sampling import SamplerSettings, make_sampler
+    config = dataclasses.replace(SHAPE, lora=None)
+    policy = make_policy(config)
+    settings = SamplerSettings(64, 6, (99,), temperature=1.0)
+    rng = np.random.default_rng(0)
+    chunks = [np.concatenate([np.repeat(rng.integers(0, 64, (1, 20)), 16, 0),
+                              rng.integers(0, 64, (16, 4))], axis=1), rng.integers(0, 64, (16, 5))]
+    def sampled(sizes):
+        devices = None if sizes else jax.devices()[:1]
+        mesh = parallel.make_mesh(**sizes, devices=devices)
+        params = parallel.init_sharded(
+            functools.partial(init_params, config), PARTITION_RULES, mesh, jax.random.key(0))
+        answers = []
+        with jax.set_mesh(mesh):
+            sampler = make_sampler(policy, settings, num_slots=16)
+            state = sampler.init()
+            for turn, chunk in enumerate(chunks):
+                fed = np.arange(16) % 3 != 1 if turn else np.ones(16, bool)
+                keys = jax.random.split(jax.random.key(turn), 16)
+                state, result = sampler.turn(params, state, chunk, fed * chunk.shape[1],
+                                             np.full(16, turn == 0), keys)
+                answers.append(result.tokens.tolist())
+        for keys, values in state.cache:
+            for part in (keys, values):
+                split = [a // b for a, b in zip(part.shape, part.sharding.shard_shape(part.shape))]
+                rows = mesh.shape["data"] * mesh.shape["fsdp"]
+                assert split == [rows, mesh.shape["tensor"], 1, 1], (sizes, split)
+        return answers
+    wanted = sampled({})
+    for sizes in (dict(data=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)):
+        assert sampled(sizes) == wanted, sizes
+    print("all held")
 """
 
 EQUAL = """
@@ -148,6 +184,10 @@ def on_eight_devices(code, *arguments, in_haste=True):
 
 def test_trees_on_every_mesh_give_the_loss_and_gradients_of_sequences_on_one_device():
     on_eight_devices(EQUAL)
+
+
+def test_slots_are_split_over_every_mesh_and_sample_the_same_tokens():
+    on_eight_devices(SAMPLED)
 
 
 def test_no_whole_parameter_set_is_gathered():

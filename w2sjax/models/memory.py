@@ -37,7 +37,7 @@ compute dtype. `A` counts norms of a block (2, or 4 with `post_norms`).
                     activations + gradients + block        backward pass through the layers
                     2·gradients                            the sum and the mean, for their norm
 
-    cache         2·c·N·K·E per position and slot; slots are not split over data × fsdp
+    cache         2·c·N·K·E per position and slot; slots are split over data × fsdp, if they divide
     growth        as much again at most: the old cache is there while a longer one is made
     step          the layers' parameters once more, split as they are and in the compute dtype (the
                   loop over tokens gets them cut out of their stack), and the scores and logits of
@@ -314,6 +314,8 @@ def _sampling(
         return dict(cache=0, growth=0, step=0)
     (c, _), tensor = _itemsizes(config), mesh["tensor"]
     _, keys, _ = _split(config, tensor)
+    rows = mesh["data"] * mesh["fsdp"]
+    slots = slots // rows if slots % rows == 0 else slots
     cache = 2 * c * config.num_layers * slots * keys * length
     layers = c * config.num_layers * _block_params(config, tensor) // mesh["fsdp"]
     scores = (4 + c) * slots * (config.num_heads // tensor) * length

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from w2sjax.models import attention
 from w2sjax.models.config import ModelConfig
-from w2sjax.models.transformer import Block, Transformer
+from w2sjax.models.transformer import CACHE, Block, Transformer, constrained
 from w2sjax.types import PackedBatch, Policy
 
 _OWN_DRAW = 2**20  # arrays of at least this many values are drawn on their own by `init_params`
@@ -173,7 +173,8 @@ def make_policy(config: ModelConfig) -> Policy:
     int32 [S], of which those past the end are not written. Its caller keeps positions contiguous:
     what lies at `start` and later is overwritten before any token can see it.
     `resize_cache(cache, length)` keeps the first `length`
-    positions, or adds empty ones.
+    positions, or adds empty ones. Where a mesh is set (`jax.set_mesh`), slots are split over `data`
+    and `fsdp` and heads over `tensor`, as far as they divide.
 
     Equal configs get the same functions, so that whatever is jitted with them is compiled once.
 
@@ -189,8 +190,8 @@ def make_policy(config: ModelConfig) -> Policy:
         lead = (num_slots, config.num_kv_heads)
         return tuple(
             (
-                jnp.zeros((*lead, config.head_size, max_length), config.dtype),
-                jnp.zeros((*lead, max_length, config.head_size), config.dtype),
+                constrained(jnp.zeros((*lead, config.head_size, max_length), config.dtype), CACHE),
+                constrained(jnp.zeros((*lead, max_length, config.head_size), config.dtype), CACHE),
             )
             for _ in range(config.num_layers)
         )
@@ -227,7 +228,7 @@ def make_policy(config: ModelConfig) -> Policy:
                 for name, collection in variables.items()
             }
             x, layer_cache = block.apply(own, x, is_local, views, cache[layer])
-            updated.append(layer_cache)
+            updated.append(tuple(constrained(part, CACHE) for part in layer_cache))
         x = jnp.take_along_axis(x, jnp.maximum(last, 0)[:, None, None], axis=1)
         return model.apply(variables, x, method="logits")[:, 0], tuple(updated)
 

@@ -46,10 +46,11 @@ PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"norm/scale$", PartitionSpec()),
 )
 
-# How activations are split, by the same axes; see `_constrained`.
+# How activations are split, by the same axes; see `constrained`.
 _STREAM = PartitionSpec(("data", "fsdp"), None, None)  # [S, L, D]
 _HEADS = PartitionSpec(("data", "fsdp"), None, "tensor", None)  # [S, L, H, E]
 _HIDDEN = PartitionSpec(("data", "fsdp"), None, "tensor")  # [S, L, F]
+CACHE = PartitionSpec(("data", "fsdp"), "tensor", None, None)  # [S, K, …], keys and values
 
 # What a block keeps for its backward pass; None keeps its input alone.
 _REMAT_POLICIES = {
@@ -67,7 +68,7 @@ _ACTIVATIONS = {
 }
 
 
-def _constrained(x: chex.Array, spec: PartitionSpec) -> chex.Array:
+def constrained(x: chex.Array, spec: PartitionSpec) -> chex.Array:
     """Says how an activation is split, where a mesh with the project's axes is set
     (`jax.set_mesh`). Elsewhere, and for rows that the mesh cannot split, the compiler chooses.
     """
@@ -201,7 +202,7 @@ class Attention(nn.Module):
         query, key, value = self.query(x), self.key(x), self.value(x)
         if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key, value = (_constrained(heads, _HEADS) for heads in (query, key, value))
+        query, key, value = (constrained(heads, _HEADS) for heads in (query, key, value))
         attend = functools.partial(
             attention.attend_view,
             query,
@@ -223,7 +224,7 @@ class Attention(nn.Module):
             # Keeps the inputs alone for the backward pass, not what both branches would keep.
             globally, locally = (functools.partial(jax.checkpoint(attend), view) for view in views)
             mixed, cache = jax.lax.cond(is_local, locally, globally)
-        return self.output(_constrained(mixed, _HEADS)), cache
+        return self.output(constrained(mixed, _HEADS)), cache
 
 
 class GatedMLP(nn.Module):
@@ -253,7 +254,7 @@ class GatedMLP(nn.Module):
     def __call__(self, x: chex.Array) -> chex.Array:
         """float [S, L, D] → float [S, L, D]."""
         gate = _ACTIVATIONS[self.config.activation](self.gate(x))
-        hidden = _constrained(gate * self.up(x), _HIDDEN)
+        hidden = constrained(gate * self.up(x), _HIDDEN)
         return self.down(hidden)
 
 
@@ -279,12 +280,12 @@ class Block(nn.Module):
         cache: attention.Cache | None = None,
     ) -> tuple[chex.Array, attention.Cache | None]:
         """float [S, L, D] → float [S, L, D], and the updated cache where one was given."""
-        x = _constrained(x, _STREAM)
+        x = constrained(x, _STREAM)
         mixed, cache = self.attention(self.attention_norm(x), is_local, views, cache)
         x = x + (self.attention_post_norm(mixed) if self.config.post_norms else mixed)
         changed = self.mlp(self.mlp_norm(x))
         x = x + (self.mlp_post_norm(changed) if self.config.post_norms else changed)
-        return _constrained(x, _STREAM), cache
+        return constrained(x, _STREAM), cache
 
 
 class Transformer(nn.Module):
@@ -378,7 +379,7 @@ class Transformer(nn.Module):
         x = self.embed(tokens)
         if self.config.embedding_scale != 1.0:
             x = x * jnp.asarray(self.config.embedding_scale, x.dtype)
-        return _constrained(x, _STREAM)
+        return constrained(x, _STREAM)
 
     def logits(self, x: chex.Array) -> chex.Array:
         """float [S, L, D] → float32 [S, L, V]."""

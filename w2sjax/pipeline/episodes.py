@@ -15,9 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from w2sjax import batches, parallel, report, train
 from w2sjax.chat import ChatTemplate
@@ -184,20 +186,21 @@ class Episodes:
 
         def sample_block(start: int, progress: Callable[[int, str], None]) -> list[Trajectory]:
             episodes: list[Trajectory] = []
-            stats = play(
-                self._samplers[key],
-                params,
-                template,
-                pool,
-                requests[start : start + c.sampler.block],
-                env_name=c.env.name,
-                policy_name=policy_name,
-                seed=seed,
-                on_done=episodes.append,
-                progress=lambda count, _, stats: progress(count, _share_text(stats)),
-                # Environments of this process answer at once: there is nothing to wait for.
-                patience=None if c.env.workers else c.sampler.slots,
-            )
+            with jax.set_mesh(self._mesh()):  # slots are split over it, as rows are in training
+                stats = play(
+                    self._samplers[key],
+                    params,
+                    template,
+                    pool,
+                    requests[start : start + c.sampler.block],
+                    env_name=c.env.name,
+                    policy_name=policy_name,
+                    seed=seed,
+                    on_done=episodes.append,
+                    progress=lambda count, _, stats: progress(count, _share_text(stats)),
+                    # Environments of this process answer at once: there is nothing to wait for.
+                    patience=None if c.env.workers else c.sampler.slots,
+                )
             _add_stats(total, stats)
             return episodes
 
@@ -206,12 +209,16 @@ class Episodes:
         del numbers["statuses"]
         return share | {"sampling": numbers | {"episodes": total.episodes}}
 
+    def _mesh(self) -> Mesh:
+        """The part of the mesh on which this process acts."""
+        return parallel.local_mesh(parallel.make_mesh(**self.config.mesh))
+
     def _action_scores(self, policy: Policy) -> Callable[..., list]:
         """What `collect_choosing` scores answers with: what they share, the episode so far and the
         instruction, is computed once."""
         c = self.config
         if policy not in self._scorers:
-            mesh = parallel.local_mesh(parallel.make_mesh(**c.mesh))
+            mesh = self._mesh()
             self._scorers[policy] = train.make_sequence_scorer(
                 policy.score_fn,
                 rows_per_batch=mesh.shape["data"] * mesh.shape["fsdp"],
