@@ -46,6 +46,7 @@ from w2sjax import batches, losses, models, train
 from w2sjax.batches import PairSequences
 from w2sjax.types import PackedBatch
 
+_MEASURE_S = 60.0  # of a workload, at most, but for two rounds
 _TURN = 16  # tokens of a turn in made-up trajectories; every second one is the agent's
 
 
@@ -195,12 +196,12 @@ def make_step(config: models.ModelConfig, workload: Workload, packing: str):
     params = jax.jit(functools.partial(models.init_params, config))(jax.random.key(0))
     held = [train.init_state(params, tx)]
     loaded = loader.batch(0)
-    lowered = step.lower(held[0], loaded.batch, loaded.extras)
-    memory = lowered.compile().memory_analysis().temp_size_in_bytes
+    compiled = step.lower(held[0], loaded.batch, loaded.extras, None).compile()
+    memory = compiled.memory_analysis().temp_size_in_bytes
 
     def update() -> float:
         loaded = loader.batch(0)
-        state, metrics = step(held.pop(), loaded.batch, loaded.extras)
+        state, metrics = compiled(held.pop(), loaded.batch, loaded.extras, None)
         held.append(jax.block_until_ready(state))
         return float(metrics["loss"])
 
@@ -210,8 +211,10 @@ def make_step(config: models.ModelConfig, workload: Workload, packing: str):
 def measure(config: models.ModelConfig, workload: Workload, rounds: int) -> dict[str, Any]:
     """Packed against unpacked; both must have the same first loss."""
     made = {packing: make_step(config, workload, packing) for packing in ("tree", "none")}
+    start = time.perf_counter()
     first = {packing: update() for packing, (update, *_) in made.items()}
     np.testing.assert_allclose(first["tree"], first["none"], rtol=1e-4)
+    rounds = max(2, min(rounds, int(_MEASURE_S / (time.perf_counter() - start))))
     times = peers.alternating({packing: update for packing, (update, *_) in made.items()}, rounds)
     packed, plain = (statistics.median(times[packing]) for packing in ("tree", "none"))
     work = {packing: matrix_work(config, batch) for packing, (_, _, batch, _) in made.items()}
