@@ -16,6 +16,7 @@ from typing import Any
 from w2sjax.types import Trajectory
 
 SYSTEM = ("message", "user")
+CONTEXTS = ("same", "chosen")
 
 Message = dict[str, str]
 
@@ -124,7 +125,10 @@ def preference_record(
 
     Raises:
       ContextsDifferError: the texts differ before the parting, and `context` is "same".
+      ValueError: unknown `system` or `context`.
     """
+    if context not in CONTEXTS:
+        raise ValueError(f"context: got {context!r}; known: {', '.join(CONTEXTS)}")
     sides = {}
     parting = 2 * start + (2 if system == "message" else 1)
     ends = {"chosen": (chosen, chosen_end), "rejected": (rejected, rejected_end)}

@@ -21,6 +21,7 @@ import collections
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from w2sjax.chat import parse_answer
 from w2sjax.chat.actions import ACTION_MARK
@@ -139,6 +140,13 @@ class ImportReport:
     notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     statuses: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     example_messages: int | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        counters = ("unused_fields", "notes", "statuses")
+        values |= {name: dict(values[name]) for name in counters}
+        return values | {"refused": [dataclasses.asdict(refusal) for refusal in self.refused]}
 
 
 def import_records(
