@@ -31,6 +31,7 @@ setup(
         "gcs": ["gcsfs>=2025.3"],  # for gs:// paths; brings what orbax needs of Google's packages
         "scienceworld": scienceworld,
         "test": [
+            "datasets>=4.0",  # what TRL and others load exported records with
             "hypothesis>=6.100",
             "mctx>=0.0.6",
             "peft>=0.19",
