@@ -7,7 +7,9 @@
 
 What is exported is JSON Lines in TRL's conversational layouts. A run's targets are those that its
 methods were trained on; of a file of episodes, the trees, the search and the targets are made now,
-with the defaults of w2sjax/config.py or what --set says (--set=targets.min_value_gap=0.2).
+with the defaults of w2sjax/config.py or what --set says (--set=targets.min_value_gap=0.2). Trainers
+differ in what they learn of a continuation of several turns: the training here learns the answers,
+TRL's DPO all of it, observations included (--set=targets.continuation=one_step has none).
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     add(
         "--id_field",
         default="",
-        help="names the task, with dots, such as id, game_file, meta.error",
+        help="names the task, such as id, game_file, meta.error",
     )
     add("--examples", choices=EXAMPLES, default="drop", help="what happens to worked examples")
     add("--example_messages", type=int, help="how many messages of worked examples there are: "

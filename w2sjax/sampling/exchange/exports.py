@@ -4,8 +4,9 @@
     sft_record         {"messages": […], …}: up to the last answer that a target learns
     preference_record  {"prompt": […], "chosen": […], "rejected": […], …}
 
-A message is {"role", "content"}. The token ids of sampled answers are not written: they are one
-tokenizer's own.
+A message is {"role", "content"}, its text as it was. The token ids of sampled answers are not
+written: they are one tokenizer's own. Where a text spells a tokenizer's special token, transformers
+(and so TRL) reads that token, while `chat.ChatTemplate` reads text.
 """
 
 from __future__ import annotations

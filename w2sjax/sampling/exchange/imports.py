@@ -45,9 +45,10 @@ class ImportOptions:
       format: "sharegpt" or "messages".
       env: name of the environment that is recorded; "": the record's own, or "imported".
       policy: who acted; "": the record's own, or "imported".
-      id_field: where a record names its task, with dots; "": `id`, `task_id`, or the file's name
-        where it holds that record alone. Of `game_file` and `meta.error`, which are paths in ETO's
-        ALFWorld records, the name of the game's folder is taken.
+      id_field: where a record names its task, in a field of its own or of its `meta`
+        ("meta.error"); "": `id`, `task_id`, or the file's name where it holds that record alone. Of
+        `game_file` and `meta.error`, which are paths in ETO's ALFWorld records, the name of the
+        game's folder is taken.
       observation_prefix: what the environment's messages begin with, which is taken off with the
         blanks after it; "": nothing. None: "Observation:" for sharegpt, nothing for messages.
       example_messages: messages of worked examples between the instruction and the task (in ETO's
