@@ -103,22 +103,38 @@ def test_examples_are_kept_as_text_of_the_instruction():
 def test_the_number_of_examples_is_found_or_told(number):
     value = eto(["a", "b"], examples=number)
     found, report = convert(value, value)
-    assert report.example_messages == number and [t.rollout for t in found] == [0, 1]
+    assert report.example_messages == {number: 2} and [t.rollout for t in found] == [0, 1]
     assert one(value, example_messages=number) == found[0]
     wrong = refusal(value, example_messages=number + 2)
     assert "f.json, record 0, field 'conversations[" in wrong and "example_messages" in wrong
 
 
 def test_a_wrong_number_of_examples_is_noticed_by_the_steps_too():
-    """Where the first record has an observation without its prefix, all others disagree."""
-    odd = eto(["a", "b"], examples=0)
+    """An observation without its prefix looks like a task; meta.steps says that it is none."""
+    odd, plain = eto(["a", "b"], examples=0), eto(["a", "b"], examples=0)
     odd["conversations"][4]["value"] = "did a"
-    found, report = convert(odd, eto(["a", "b"], examples=0))
-    assert not found and report.example_messages == 2
-    assert [r.field for r in report.refused] == ["meta.steps", "conversations[4]"]
-    both, report = convert(odd, eto(["a", "b"], examples=0), example_messages=0)
-    assert len(both) == 2 and both[0].steps == both[1].steps
+    found, report = convert(odd, plain, odd)
+    assert report.example_messages == {0: 2} and found[0].steps == found[1].steps
+    assert [(r.record, r.field) for r in report.refused] == [(0, "meta.steps")]
     assert report.notes["observations without the prefix"] == 1
+    del odd["meta"]["steps"]  # without it the first record decides, and the others object
+    found, report = convert(odd, plain, plain)
+    assert report.example_messages == {2: 1}
+    assert [(r.record, r.field) for r in report.refused] == [
+        (1, "conversations[4]"), (2, "conversations[4]"),
+    ]  # fmt: skip
+    assert len(convert(odd, plain, example_messages=0)[0]) == 2
+
+
+def test_sources_of_different_layouts_go_into_one_report():
+    report = ImportReport()
+    options = ImportOptions("sharegpt")
+    found = []
+    for number in (14, 0):
+        record = Record("f.json", 0, eto(["a"], examples=number))
+        found += import_records([record], options, report)
+    assert [t.rollout for t in found] == [0, 1] and report.tasks == 1
+    assert report.example_messages == {14: 1, 0: 1} and not report.refused
 
 
 def test_expert_records_have_no_score_of_their_own():

@@ -32,6 +32,11 @@ from w2sjax.sampling.exchange.outcome import SUCCESS_FROM
 _SET = ("seed", "trees.", "search.", "targets.")  # fields that --set may name
 _SHOWN = 10  # refused records that are printed
 
+_EXAMPLE_MESSAGES = (
+    "how many messages of worked examples stand before the task: 10 (ALFWorld), 14 (ScienceWorld) "
+    "or 8 (WebShop) in ETO's prompts; default: found at the first record of each source, up to the "
+    "last user message that is no observation"
+)
 _TARGET = (
     f"what a method is trained on: {', '.join(SFT_METHODS)} as messages, "
     f"{', '.join(exchange.PAIRS)} as preferences; default: whole episodes, as messages"
@@ -85,9 +90,7 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
         help="names the task, such as id, game_file, meta.error",
     )
     add("--examples", choices=EXAMPLES, default="drop", help="what happens to worked examples")
-    add("--example_messages", type=int, help="how many messages of worked examples there are: "
-        "ETO's are 10 (ALFWorld), 14 (ScienceWorld), 8 (WebShop); default: as in the first record, "
-        "up to the last user message that is no observation")  # fmt: skip
+    add("--example_messages", type=int, help=_EXAMPLE_MESSAGES)
     add("--observation_prefix", help="taken off observations; default: 'Observation:' for sharegpt")
     add("--task_prefix", default="", help="taken off the task's text")
     add("--score_scale", type=float, default=1.0, help="scores are divided by it")
@@ -129,8 +132,9 @@ def _told(report: ImportReport) -> list[str]:
         f"{report.imported} of {report.records} records imported: {report.tasks} tasks, "
         + ", ".join(f"{count} {status}" for status, count in report.statuses.most_common())
     ]
-    if report.example_messages:
-        lines.append(f"  worked examples before the task: {report.example_messages} messages")
+    for number, count in report.example_messages.items():
+        if number:
+            lines.append(f"  {number} messages of worked examples before the task: {count}")
     lines += [f"  {note}: {count}" for note, count in report.notes.most_common() if count]
     for field, count in report.unused_fields.most_common():
         lines.append(f"  field not used: {field} (of {count} records)")

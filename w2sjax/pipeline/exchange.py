@@ -31,8 +31,7 @@ from w2sjax.sampling.exchange import (
 )
 from w2sjax.types import Trajectory
 
-PAIRS = {"dpo": "dpo", "tree_dpo": "tree_dpo", "mcts_tree_dpo": "tree_dpo"}  # method → target
-assert set(PAIRS) == set(PREFERENCE_METHODS)
+PAIRS = {name: "dpo" if name == "dpo" else "tree_dpo" for name in PREFERENCE_METHODS}  # → target
 _RUN = "config.json"
 
 
@@ -56,11 +55,11 @@ def import_files(
       ValueError: nothing could be converted, or `strict` and not all.
     """
     report = ImportReport()
-    records = (record for source in sources for record in read_records(source))
     listed = f"{os.fspath(out)}.report.json"
     with whole_file(out) as file:
-        for trajectory in import_records(records, options, report):
-            file.write(dump_trajectories([trajectory]))
+        for source in sources:
+            for trajectory in import_records(read_records(source), options, report):
+                file.write(dump_trajectories([trajectory]))
         write_json(listed, {"options": dataclasses.asdict(options)} | report.facts())
         if not report.imported or (strict and report.refused):
             first = "".join(f"\n  {refusal}" for refusal in report.refused[:5])

@@ -25,7 +25,13 @@ from typing import Any
 
 from w2sjax.chat import parse_answer
 from w2sjax.chat.actions import ACTION_MARK
-from w2sjax.sampling.exchange.conversation import LAYOUTS, divide, read_messages, with_examples
+from w2sjax.sampling.exchange.conversation import (
+    LAYOUTS,
+    Conversation,
+    divide,
+    read_messages,
+    with_examples,
+)
 from w2sjax.sampling.exchange.fields import Fields, RefusedError, number
 from w2sjax.sampling.exchange.outcome import SUCCESS_FROM, read_outcome
 from w2sjax.sampling.exchange.records import Record
@@ -52,8 +58,8 @@ class ImportOptions:
       observation_prefix: what the environment's messages begin with, which is taken off with the
         blanks after it; "": nothing. None: "Observation:" for sharegpt, nothing for messages.
       example_messages: messages of worked examples between the instruction and the task (in ETO's
-        prompts: ALFWorld 10, ScienceWorld 14, WebShop 8). None: up to the last user message of the
-        first record that does not begin with the prefix; 0 where there is no prefix.
+        prompts: ALFWorld 10, ScienceWorld 14, WebShop 8). None: up to the last user message that
+        does not begin with the prefix, in the first record that is imported; 0 without a prefix.
       examples: "drop" or "keep" (as text at the end of the instruction).
       task_prefix: taken off the task's text with the blanks after it, where it is there.
       score_scale: scores are divided by it, such as 100.
@@ -125,29 +131,36 @@ class ImportReport:
     Attributes:
       records: how many were read.
       imported: how many became trajectories.
-      tasks: of those.
       refused: the others, in their order.
       unused_fields: name → how many imported records have a value there that was not used.
       notes: what is worth knowing about the imported ones → how many times.
       statuses: of the imported ones.
-      example_messages: how many were taken to be worked examples; None before the first record.
+      example_messages: how many messages were taken to be worked examples → of how many.
+      rollouts: task → the numbers of its rollouts so far.
     """
 
     records: int = 0
     imported: int = 0
-    tasks: int = 0
     refused: list[Refusal] = dataclasses.field(default_factory=list)
     unused_fields: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     notes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     statuses: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    example_messages: int | None = None
+    example_messages: collections.Counter[int] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+    rollouts: dict[str, set[int]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks the imported ones are of."""
+        return len(self.rollouts)
 
     def facts(self) -> dict[str, Any]:
-        """All of it as JSON values."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        counters = ("unused_fields", "notes", "statuses")
-        values |= {name: dict(values[name]) for name in counters}
-        return values | {"refused": [dataclasses.asdict(refusal) for refusal in self.refused]}
+        """All of it as JSON values; of the rollouts, how many tasks they are of."""
+        counters = ("unused_fields", "notes", "statuses", "example_messages")
+        facts = {"records": self.records, "imported": self.imported, "tasks": self.tasks}
+        facts |= {name: dict(getattr(self, name)) for name in counters}
+        return facts | {"refused": [dataclasses.asdict(refusal) for refusal in self.refused]}
 
 
 def import_records(
@@ -162,26 +175,29 @@ def import_records(
     Args:
       records: from `records.read_records`.
       options: how to read them.
-      report: filled while the trajectories are taken.
+      report: filled while the trajectories are taken. Where one is given several times, rollouts
+        are numbered on; the number of worked examples is found anew.
 
     Yields:
       What could be converted; the rest is in `report.refused`.
     """
-    report.example_messages = options.example_messages
-    taken: dict[str, set[int]] = {}
+    num_examples = options.example_messages
+    if num_examples is None and not options.prefix:
+        num_examples = 0
     for record in records:
         report.records += 1
         notes: collections.Counter[str] = collections.Counter()
         try:
             fields = Fields(record)
-            trajectory = _trajectory(fields, options, report, notes, taken)
+            trajectory, talk = _trajectory(fields, options, num_examples, notes, report.rollouts)
         except RefusedError as refusal:
             reason = Refusal(record.file, record.index, refusal.field, refusal.reason)
             report.refused.append(reason)
             continue
-        taken.setdefault(trajectory.task_id, set()).add(trajectory.rollout)
+        num_examples = len(talk.examples)
+        report.rollouts.setdefault(trajectory.task_id, set()).add(trajectory.rollout)
         report.imported += 1
-        report.tasks = len(taken)
+        report.example_messages[num_examples] += 1
         report.notes += notes
         report.unused_fields.update(fields.unused())
         report.statuses[trajectory.status.value] += 1
@@ -191,18 +207,14 @@ def import_records(
 def _trajectory(
     fields: Fields,
     options: ImportOptions,
-    report: ImportReport,
+    num_examples: int | None,
     notes: collections.Counter[str],
     taken: dict[str, set[int]],
-) -> Trajectory:
+) -> tuple[Trajectory, Conversation]:
     task_id = _task_id(fields, options)
     messages = read_messages(fields, options.format)
     name, prefix = LAYOUTS[options.format][0], options.prefix
-    num_examples = report.example_messages
-    if num_examples is None and not prefix:
-        num_examples = 0
     talk = divide(fields, messages, name, prefix, num_examples)
-    report.example_messages = len(talk.examples)
     steps = _steps(talk.turns, prefix, notes)
     if (given := fields.take("meta.steps", int, "a whole number")) not in (None, len(steps)):
         raise RefusedError(
@@ -234,7 +246,7 @@ def _trajectory(
         raise RefusedError("rollout", f"{rollout} of task {task_id!r} is negative or there already")
     seed = fields.take("seed", int, "a whole number")
     own = {f: fields.take(f, str, "a string") or "imported" for f in ("env", "policy")}
-    return Trajectory(
+    trajectory = Trajectory(
         task_id=task_id,
         rollout=rollout,
         env=options.env or own["env"],
@@ -247,6 +259,7 @@ def _trajectory(
         score=score,
         error=fields.take("error", str, "a string") or "",
     )
+    return trajectory, talk
 
 
 def _task_id(fields: Fields, options: ImportOptions) -> str:
