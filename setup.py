@@ -40,6 +40,7 @@ setup(
         "webshop": webshop,
         "test": [
             "bm25s>=0.2",  # what WebShop's search is compared with
+            "datasets>=4.0",  # what TRL and others load exported records with
             "hypothesis>=6.100",
             "mctx>=0.0.6",
             "peft>=0.19",

@@ -94,6 +94,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.rollouts.min_p = 0.0
     c.rollouts.stop = ()  # texts that end an answer as its end of turn does; in evaluation too
     c.rollouts.max_new_tokens = 24  # per answer
+    # a file of episodes that stand for the weak policy's own rollouts in trees and targets, such as
+    # `python -m w2sjax.pipeline import` writes; "": the weak policy plays
+    c.rollouts.path = ""
 
     c.sampler = ml_collections.ConfigDict()
     c.sampler.slots = 128  # episodes in flight

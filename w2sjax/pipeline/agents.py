@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from w2sjax import models, parallel
 from w2sjax.chat import ChatTemplate
 from w2sjax.checkpoints import load_params, save_params
+from w2sjax.pipeline.episodes import without_ids
 from w2sjax.pipeline.manifests import Stage
 from w2sjax.pipeline.storage import filled_locally
 from w2sjax.types import Policy, Trajectory
@@ -113,10 +114,6 @@ class Agent:
         """
         if self.reads_sampled_ids:
             return list(episodes)
-
-        def without_ids(episode: Trajectory) -> Trajectory:
-            steps = (dataclasses.replace(step, answer_ids=None) for step in episode.steps)
-            return dataclasses.replace(episode, steps=tuple(steps))
 
         return list(map(without_ids, episodes))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -72,6 +73,39 @@ def join_episodes(directory: epath.Path, shares: Sequence[Mapping[str, Any]]) ->
     if "sampling" in shares[0]:
         facts["sampling"] = _sampling_facts([share["sampling"] for share in shares])
     return facts
+
+
+def given_episodes(path: str | os.PathLike[str], held_out: Sequence[str]) -> list[Trajectory]:
+    """Episodes from elsewhere, for training: without token ids, which may be another tokenizer's.
+
+    Args:
+      path: a file of episodes.
+      held_out: tasks of the evaluation.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a damaged file, or one with a task of the evaluation.
+    """
+    episodes = read_trajectories(path)
+    if seen := {episode.task_id for episode in episodes} & set(held_out):
+        raise ValueError(
+            f"config.rollouts.path: {path} has {len(seen)} of the {len(held_out)} tasks that the "
+            f"evaluation holds out, such as {min(seen)!r}; take them out of the file, or choose "
+            "another config.tasks.held_out_split"
+        )
+    return list(map(without_ids, episodes))
+
+
+def without_ids(episode: Trajectory) -> Trajectory:
+    """The episode without the token ids of its answers and their log-probabilities."""
+    steps = (dataclasses.replace(s, answer_ids=None, answer_logp=None) for s in episode.steps)
+    return dataclasses.replace(episode, steps=tuple(steps))
+
+
+def write_episodes(directory: epath.Path, episodes: Sequence[Trajectory]) -> dict[str, Any]:
+    """Writes a stage's episodes at once; returns facts for its manifest."""
+    write_whole(directory / EPISODES, dump_trajectories(episodes))
+    return _episode_facts(episodes)
 
 
 class Episodes:

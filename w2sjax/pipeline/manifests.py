@@ -40,7 +40,7 @@ from w2sjax.pipeline.storage import (
 
 FORMAT = 2
 CACHE = "cache"  # of a workdir in a bucket; what is there is right for any config
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _KEY = "key.json"
 _SHARE = "share.{}.json"  # what another process than the first returned
 _HASHED_BYTES = 64 << 20
@@ -163,11 +163,11 @@ def _end(partial: epath.Path, directory: epath.Path, record: Mapping[str, Any]) 
         if path.match(_SHARE.format("*")):
             path.unlink()
     if partial == directory:
-        write_json(partial / _MANIFEST, record)
+        write_json(partial / MANIFEST, record)
         remove(partial / _KEY)
     else:
         remove(partial / _KEY)
-        write_json(partial / _MANIFEST, record)
+        write_json(partial / MANIFEST, record)
         partial.replace(directory)
 
 
@@ -217,7 +217,7 @@ def _being_made(partial: epath.Path) -> tuple[str, int] | None:
 
 
 def _finished(name: str, directory: epath.Path, key: str) -> Stage | None:
-    manifest = directory / _MANIFEST
+    manifest = directory / MANIFEST
     if manifest.exists():
         found = read_json(manifest)
         if found["key"] == key:
@@ -232,7 +232,7 @@ def _finished(name: str, directory: epath.Path, key: str) -> Stage | None:
             "delete it or start over with --start_over"
         )
     if not in_bucket(directory) and directory.exists():
-        raise ValueError(f"{directory} has no {_MANIFEST}, so it is no stage's result; remove it")
+        raise ValueError(f"{directory} has no {MANIFEST}, so it is no stage's result; remove it")
     return None
 
 
@@ -278,7 +278,7 @@ def _digest(directory: epath.Path) -> str:
     total = hashlib.blake2b(digest_size=12)
     for path in files_below(directory):
         name = path.relative_to(directory)
-        if name.name == _MANIFEST or str(name) == _KEY or name.match(_SHARE.format("*")):
+        if name.name == MANIFEST or str(name) == _KEY or name.match(_SHARE.format("*")):
             continue
         size = size_of(path)
         total.update(f"{name} {size}\n".encode())
@@ -296,7 +296,7 @@ def _last_written(directory: epath.Path) -> float:
 
 def stage_facts(stage: Stage) -> dict[str, Any]:
     """What a stage reported about itself."""
-    return read_json(stage.directory / _MANIFEST)["facts"]
+    return read_json(stage.directory / MANIFEST)["facts"]
 
 
 def versions() -> dict[str, str]:

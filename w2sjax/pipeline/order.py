@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import traceback
@@ -30,13 +31,19 @@ from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import forest as forests
 from w2sjax.pipeline.agents import Agent
 from w2sjax.pipeline.bases import make_agents
-from w2sjax.pipeline.episodes import Episodes, join_episodes, read_episodes
+from w2sjax.pipeline.episodes import (
+    Episodes,
+    given_episodes,
+    join_episodes,
+    read_episodes,
+    write_episodes,
+)
 from w2sjax.pipeline.manifests import CACHE, Stage, claim_workdir, stage_facts
 from w2sjax.pipeline.processes import Processes, agree
 from w2sjax.pipeline.stages import Stages
 from w2sjax.pipeline.storage import in_bucket, load_arrays, read_json, save_arrays, write_json
 from w2sjax.pipeline.training import Training, to_pairs, to_sequences
-from w2sjax.sampling import EpisodeRequest
+from w2sjax.sampling import EpisodeRequest, dump_trajectories
 from w2sjax.types import Trajectory
 
 # What a run reports as one sentence; the whole story goes to error.log in the workdir.
@@ -114,10 +121,12 @@ def _settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def _check_environment(config: ml_collections.ConfigDict) -> None:
-    """Asks for all tasks of a run before anything is made.
+    """Asks for all tasks of a run, and for episodes from elsewhere, before anything is made.
 
     Raises:
-      ValueError: unknown environment or split, an impossible option, or more tasks than there are.
+      ValueError: unknown environment or split, an impossible option, or more tasks than there are;
+      episodes that cannot be read, or are of held-out tasks.
+      FileNotFoundError: no file of episodes.
     """
     c = config
     env = make_env(c.env.name, **c.env.options.to_dict())
@@ -128,9 +137,11 @@ def _check_environment(config: ml_collections.ConfigDict) -> None:
             ("train", c.tasks.train),
             (c.tasks.held_out_split, c.tasks.held_out),
         ):
-            env.task_ids(split, count)
+            tasks = env.task_ids(split, count)
     finally:
         env.close()
+    if c.rollouts.path:
+        given_episodes(c.rollouts.path, tasks)
 
 
 def cache_directory(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.Path:
@@ -227,13 +238,7 @@ class _Run:
         preference = [name for name in PREFERENCE_METHODS if name in c.methods]
         if not sft + preference:
             return trained
-        rollouts = self.stages.run(
-            "rollouts",
-            ("env", "seed", "rollouts", "models.max_length", "tasks.train", "sampler"),
-            {"weak": weak},
-            functools.partial(self._make_rollouts, weak),
-            finish=join_episodes,
-        )
+        rollouts = self._rollouts(weak)
         trees = self.stages.run(
             "trees", ("trees", "gate"), {"rollouts": rollouts},
             functools.partial(self._make_trees, rollouts),
@@ -258,6 +263,21 @@ class _Run:
             )
             trained[name] = self._preference_method(name, reference, rollouts, targets)
         return trained
+
+    def _rollouts(self, weak: Stage) -> Stage:
+        """The episodes that trees are made of: the weak policy's, or those of a file."""
+        if path := self.config.rollouts.path:
+            episodes = given_episodes(path, ())
+            digest = hashlib.blake2b(dump_trajectories(episodes), digest_size=12).hexdigest()
+            make = functools.partial(write_episodes, episodes=episodes)
+            return self.stages.run("rollouts", (), {}, make, facts={"episodes": digest})
+        return self.stages.run(
+            "rollouts",
+            ("env", "seed", "rollouts", "models.max_length", "tasks.train", "sampler"),
+            {"weak": weak},
+            functools.partial(self._make_rollouts, weak),
+            finish=join_episodes,
+        )
 
     # ----------------------------------------------------------------------------- the stages
 

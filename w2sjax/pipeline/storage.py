@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from etils import epath
@@ -33,6 +33,26 @@ def write_whole(path: os.PathLike[str], data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(data)
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def whole_file(path: os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write to bit by bit, which readers see whole, or not at all where writing fails."""
+    path = epath.Path(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        temporary = path.with_name(path.name + ".tmp")
+        if in_bucket(path):
+            temporary = epath.Path(scratch) / path.name
+        try:
+            with temporary.open("wb") as file:
+                yield file
+            if in_bucket(path):
+                with temporary.open("rb") as source, path.open("wb") as target:
+                    shutil.copyfileobj(source, target)
+            else:
+                temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: os.PathLike[str], record: Any) -> None:
