@@ -16,11 +16,18 @@ from w2sjax.models import Lora, load_hf, load_peft, make_apply_fn, merge_lora, s
 
 ROOT = Path(__file__).parents[2]
 SMOKE = "--config=configs/household.py:smoke"
+SHORT = (
+    "--config.pretrain.tasks=100",
+    "--config.pretrain.weak_steps=120",
+    "--config.pretrain.strong_steps=20",
+    "--config.train.steps=12",
+    "--config.tasks.held_out=4",
+)
 
 
 def launch(cache, workdir, *flags):
     return subprocess.run(
-        [sys.executable, "launch.py", SMOKE, f"--workdir={workdir}", *flags],
+        [sys.executable, "launch.py", SMOKE, *SHORT, f"--workdir={workdir}", *flags],
         cwd=ROOT,
         env=os.environ | {"W2SJAX_CACHE": str(cache), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,

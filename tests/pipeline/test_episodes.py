@@ -223,7 +223,7 @@ def test_choosing_among_admissible_actions_is_scored_by_the_model_itself(tmp_pat
     c.env.workers = 0
     c.sampler.slots, c.sampler.actions, c.models.max_length = 4, "admissible", 400
     env = make_env("household", **c.env.options)
-    tasks = list(env.task_ids("train", 3))
+    tasks = list(env.task_ids("train", 2))
     texts = [env.instruction, *(env.reset(task) for task in tasks), *env.admissible_actions()] * 5
     template = ChatTemplate(train_bpe([*texts, "Action: look"], vocab_size=400))
     shape = dict(vocab_size=template.vocab_size, max_length=1024)
@@ -235,7 +235,7 @@ def test_choosing_among_admissible_actions_is_scored_by_the_model_itself(tmp_pat
     ):
         share = episodes.sample(
                 epath.Path(tmp_path), "title", template, policy, params, pool,
-                [EpisodeRequest(task, r) for task in tasks for r in range(2)],
+                [EpisodeRequest(task, r) for task in tasks for r in range(3)],
                 draws={"temperature": 50.0}, policy_name="weak", seed=0,
             )  # fmt: skip
     join_episodes(epath.Path(tmp_path), [share])

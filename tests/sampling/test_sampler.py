@@ -441,9 +441,13 @@ def test_waves_copy_only_what_is_there():
 
 
 def test_long_chunks_are_cut_and_groups_hold_everyone():
-    tokens = np.arange(layout.WIDEST * 2 + 5)
+    tokens = np.arange(layout.WIDTHS[-1] * 2 + 5)
     pieces = layout.cut(3, 10, tokens)
-    assert [piece.start for piece in pieces] == [10, 10 + layout.WIDEST, 10 + 2 * layout.WIDEST]
+    assert [piece.start for piece in pieces] == [
+        10,
+        10 + layout.WIDTHS[-1],
+        10 + 2 * layout.WIDTHS[-1],
+    ]
     assert np.concatenate([piece.tokens for piece in pieces]).tolist() == tokens.tolist()
     assert [piece.last for piece in pieces] == [False, False, True]
     rng = np.random.default_rng(0)

@@ -17,7 +17,7 @@ import numpy as np
 from w2sjax.types import Policy
 
 LEAST_SHARED = 16  # tokens of a common prefix from which copying pays
-NARROWEST, WIDEST = 16, 512  # tokens of a piece; pieces are padded to powers of two
+WIDTHS = (16, 32, 128, 512)  # tokens that pieces are padded to; few, since each is a program
 _SMALLEST_GROUP = 4  # slots per call; an eighth of all slots where that is more
 
 
@@ -97,10 +97,10 @@ def _shared_with_all(prompt: np.ndarray, contexts: np.ndarray, valid: np.ndarray
 
 
 def cut(slot: int, start: int, tokens: np.ndarray) -> list[Piece]:
-    """A slot's input in pieces of at most `WIDEST` tokens."""
+    """A slot's input in pieces of at most the largest of `WIDTHS`."""
     pieces = [
-        Piece(slot, start + first, tokens[first : first + WIDEST], False)
-        for first in range(0, len(tokens), WIDEST)
+        Piece(slot, start + first, tokens[first : first + WIDTHS[-1]], False)
+        for first in range(0, len(tokens), WIDTHS[-1])
     ]
     pieces[-1] = pieces[-1]._replace(last=True)
     return pieces
@@ -113,10 +113,8 @@ def group_size(num_slots: int) -> int:
 
 def width_of(pieces: Sequence[Piece]) -> int:
     """Tokens that a call with these pieces is padded to."""
-    width = NARROWEST
-    while width < max(len(piece.tokens) for piece in pieces):
-        width *= 2
-    return width
+    longest = max(len(piece.tokens) for piece in pieces)
+    return next(width for width in WIDTHS if width >= longest)
 
 
 def form_groups(pieces: Sequence[Piece], num_slots: int) -> Iterator[list[Piece]]:
