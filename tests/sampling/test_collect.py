@@ -528,7 +528,7 @@ def test_what_else_ends_a_replay():
     assert "at the start" in replay(looks.steps[:2], first="Elsewhere.").error
     whole = replay(looks.steps)  # nothing is left to be said
     assert (whole.status, whole.steps) == (Status.STEP_LIMIT, looks.steps)
-    small = replay(looks.steps[:5], max_length=60)
+    small = replay(looks.steps[:5], max_length=42)
     assert small.status is Status.TOKEN_LIMIT and 0 < len(small.steps) < 5
     assert small.steps == looks.steps[: len(small.steps)]
     right, *_ = _one(lambda context: "Action: right")

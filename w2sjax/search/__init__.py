@@ -1,5 +1,5 @@
-"""Values on trajectory trees: backups in closed form, Monte-Carlo tree search, best paths; and where
-to begin the next rollouts.
+"""Values on trajectory trees: backups in closed form, Monte-Carlo tree search, best paths; where to
+begin the next rollouts.
 """
 
 from w2sjax.search.backup import backup_max, backup_mean, backup_soft
