@@ -25,7 +25,7 @@ from w2sjax.envs import EnvFailure, EnvPool, Outcome, Reset
 from w2sjax.sampling.sampler import Sampler, SlotState, TurnResult
 from w2sjax.types import Status, Step, Trajectory
 
-_NOT_DETERMINISTIC = "the environment is not deterministic, so a prefix cannot be replayed:"
+NOT_DETERMINISTIC = "the environment is not deterministic, so a prefix cannot be replayed:"
 _MOST_STEPS = 4  # tokens of each answer after which the environments are looked at again
 
 
@@ -318,7 +318,7 @@ class _Run:
         expected = episode.request.first_observation
         if expected not in (None, reset.first_observation):
             said = f"at the start {reset.first_observation!r} instead of {expected!r}"
-            self._finish(slot, Status.ENV_ERROR, error=f"{_NOT_DETERMINISTIC} {said}")
+            self._finish(slot, Status.ENV_ERROR, error=f"{NOT_DETERMINISTIC} {said}")
             return
         episode.chunk = self._template.encode_start(reset.instruction, reset.first_observation)
         if len(episode.chunk) >= self._sampler.settings.max_length:
@@ -449,7 +449,7 @@ class _Run:
             ends_early = outcome.done and len(episode.steps) + 1 < len(episode.request.prefix)
             if episode.replays and (what := _difference(before, step, ends_early)):
                 said = f"at step {len(episode.steps)}, action {step.action!r}, {what}"
-                self._finish(slot, Status.ENV_ERROR, error=f"{_NOT_DETERMINISTIC} {said}")
+                self._finish(slot, Status.ENV_ERROR, error=f"{NOT_DETERMINISTIC} {said}")
                 return
             episode.score = outcome.score
             if outcome.done:
