@@ -88,7 +88,7 @@ class Places:
             options = [(score(self.values[places[-1].index], here), None)]
             options += [(score(self.values[c.index], self.through[c]), c) for c in children]
             top = max(value for value, _ in options)
-            node = next(place for value, place in options if value > top - 1e-12)
+            node = next(place for value, place in options if value == top)
             if node is None:
                 break
         middle = (places[0].depth + places[-1].depth) // 2

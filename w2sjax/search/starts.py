@@ -55,9 +55,10 @@ def choose_starts(
       >>> from w2sjax.trees import build_tree
       >>> keys, ones = jnp.array([[1, 2, 3, 4], [5, 2, 3, 4]]), jnp.ones(2, int)
       >>> tree = build_tree(keys, 4 * ones, jnp.eye(2)[0], max_nodes=9)
-      >>> starts = choose_starts(tree, tree.return_sum, 0 * ones, num_starts=2)
+      >>> values = tree.return_sum / jnp.maximum(tree.data_count, 1)
+      >>> starts = choose_starts(tree, values, 0 * ones, num_starts=2)
       >>> starts.tolist(), tree.depth[starts].tolist(), tree.representative[starts].tolist()
-      ([3, 3], [2, 2], [0, 0])
+      ([3, 1], [2, 1], [0, 0])
     """
     chex.assert_rank([tree.parent, tree.trajectory_node], [1, 2])
     num_nodes = tree.parent.shape[0]
