@@ -212,14 +212,14 @@ def _task_hash(task_id: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
 
 
-def _difference(before: Step, now: Step, ends_early: bool) -> str:
+def _difference(recorded: Step, now: Step, ends_early: bool) -> str:
     """How a replayed step went otherwise than before; "" where it did not."""
     if ends_early:
         return "it ended the episode, which went on before"
-    if now.observation != before.observation:
-        return f"it said {now.observation!r} instead of {before.observation!r}"
-    if not math.isclose(now.reward, before.reward, abs_tol=1e-6):
-        return f"the score rose by {now.reward:g} instead of {before.reward:g}"
+    if now.observation != recorded.observation:
+        return f"it said {now.observation!r} instead of {recorded.observation!r}"
+    if not math.isclose(now.reward, recorded.reward, abs_tol=1e-6):
+        return f"the score rose by {now.reward:g} instead of {recorded.reward:g}"
     return ""
 
 
@@ -440,14 +440,12 @@ class _Run:
             )
             return
         else:
-            before, step = (
-                step,
-                dataclasses.replace(
-                    step, observation=outcome.observation, reward=outcome.score - episode.score
-                ),
+            recorded = step
+            step = dataclasses.replace(
+                step, observation=outcome.observation, reward=outcome.score - episode.score
             )
             ends_early = outcome.done and len(episode.steps) + 1 < len(episode.request.prefix)
-            if episode.replays and (what := _difference(before, step, ends_early)):
+            if episode.replays and (what := _difference(recorded, step, ends_early)):
                 said = f"at step {len(episode.steps)}, action {step.action!r}, {what}"
                 self._finish(slot, Status.ENV_ERROR, error=f"{NOT_DETERMINISTIC} {said}")
                 return
