@@ -97,6 +97,17 @@ def default_config() -> ml_collections.ConfigDict:
     # a file of episodes that stand for the weak policy's own rollouts in trees and targets, such as
     # `python -m w2sjax.pipeline import` writes; "": the weak policy plays
     c.rollouts.path = ""
+    # "uct": after some rollouts of each task from its root, further ones go on from nodes of its
+    # tree that are chosen by UCT; for environments that replay their past exactly. "none": all
+    # rollouts are from the root
+    c.rollouts.branching = "none"
+    # what all of them may cost: the "tokens" that per_task rollouts from the root would, going by
+    # the first ones; or per_task "rollouts", some of them short
+    c.rollouts.budget = "tokens"
+    c.rollouts.root_rollouts = 4  # of each task, before its first tree
+    c.rollouts.per_round = 2  # of each task, between two choices
+    c.rollouts.exploration_weight = 0.5  # of UCT, in units of return
+    c.rollouts.max_start_depth = 0  # steps, the deepest node that rollouts begin at; 0: no limit
 
     c.sampler = ml_collections.ConfigDict()
     c.sampler.slots = 128  # episodes in flight
@@ -232,6 +243,8 @@ _POSITIVE = (
     "rollouts.per_task",
     "rollouts.temperature",
     "rollouts.max_new_tokens",
+    "rollouts.root_rollouts",
+    "rollouts.per_round",
     "sampler.slots",
     "sampler.block",
     "search.num_simulations",
@@ -261,6 +274,8 @@ _NOT_NEGATIVE = (
     "models.lora_rank",
     "rollouts.top_k",
     "pretrain.seed",
+    "rollouts.exploration_weight",
+    "rollouts.max_start_depth",
     "search.exploration_weight",
     "targets.min_value_gap",
     "targets.rejected_extra_steps",
@@ -289,6 +304,8 @@ _CHOICES = {
     "models.attention": ATTENTION_IMPLEMENTATIONS,
     "pretrain.loss_on": ("all", "agent"),
     "sampler.actions": ("free", "admissible"),
+    "rollouts.branching": ("none", "uct"),
+    "rollouts.budget": ("tokens", "rollouts"),
     "trees.merge_on": ("action_observation", "action", "observation_history"),
     "targets.pair_values": ("mean", "max", "mcts"),
     "targets.pairing": ("best_vs_each", "best_vs_worst", "adjacent"),
@@ -392,6 +409,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if any(not isinstance(text, str) or not text for text in config.rollouts.stop):
         problems.append(f"config.rollouts.stop is {config.rollouts.stop!r}; texts, none empty")
+    c = config.rollouts
+    if c.branching != "none" and c.root_rollouts > c.per_task:
+        problems.append(
+            f"config.rollouts.root_rollouts ({c.root_rollouts}) must be at most "
+            f"config.rollouts.per_task ({c.per_task}), whose cost they are a part of"
+        )
     if config.rollouts.top_p == 0:
         problems.append("config.rollouts.top_p is 0; it must be greater than 0")
     if config.rollouts.max_new_tokens >= config.models.max_length:

@@ -66,6 +66,7 @@ class Trajectory:
     status: Status
     score: float
     error: str = ""  # what broke, for env_error and policy_error
+    start: int = 0  # steps before this one were replayed from an earlier rollout, not sampled
 
     @property
     def success(self) -> bool:

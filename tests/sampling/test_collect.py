@@ -25,6 +25,7 @@ from w2sjax.sampling import (
     make_sampler,
     read_trajectories,
 )
+from w2sjax.sampling.collect import _task_hash, turn_keys
 from w2sjax.types import Policy, Status
 
 WORDS = ("left", "right", "look")
@@ -506,3 +507,123 @@ def test_nothing_to_choose_from_ends_an_episode_and_says_why():
     nan = dict(score=lambda p, c, a: [np.full(len(x), np.nan) for x in a])
     (episode,) = _choose(request, 1, **nan)[0].values()
     assert episode.status is Status.POLICY_ERROR
+
+
+# ------------------------------------------------------------------------------------------------
+# Episodes that go on from a later point of an earlier one.
+# ------------------------------------------------------------------------------------------------
+
+
+def _sampled_alone(context, keys, max_length=200):
+    """What the real sampler says in one slot after a context."""
+    policy, params = _speaker()
+    settings = SamplerSettings(max_length, 8, _template().stop_ids)
+    sampler = make_sampler(policy, settings, num_slots=1)
+    chunk, length = np.asarray([context], np.int32), np.asarray([len(context)])
+    state = sampler.feed(params, sampler.init(), chunk, length, np.asarray([True]), keys)
+    _, result, _ = sampler.decode(params, state)
+    return tuple(result.tokens[0, : result.length[0]].tolist())
+
+
+def _branches():
+    """Requests that go on from every inner point of some of the episodes."""
+    return [
+        EpisodeRequest(t.task_id, 100 + 20 * t.rollout + cut, t.steps[:cut], t.first_observation)
+        for t in list(_reference().values())[:6]
+        for cut in range(1, len(t.steps))
+    ]
+
+
+def test_a_branched_episode_is_its_prefix_and_what_is_sampled_after_it():
+    requests = _branches()
+    assert any(step.action is None for r in requests for step in r.prefix)
+    done, stats = _sample(4, requests)
+    own_tokens = 0
+    for request in requests:
+        episode = done[request.task_id, request.rollout]
+        cut = len(request.prefix)
+        assert episode.start == cut and episode.steps[:cut] == request.prefix
+        assert episode.status.scored and len(episode.steps) > cut
+        own_tokens += sum(len(step.answer_ids) for step in episode.steps[cut:])
+        # The first new answer, by hand: a prompt that ends where it asks for an answer, and the
+        # key of (seed, task, rollout, turn).
+        whole = _template().encode_trajectory(episode)
+        context = whole.tokens[: whole.turn_start[cut]].tolist()
+        words = (*_task_hash(request.task_id), request.rollout, cut)
+        keys = turn_keys(jax.random.key(0), *(np.asarray([w], np.uint32) for w in words))
+        assert _sampled_alone(context, keys) == episode.steps[cut].answer_ids
+        # What the environment paid along the way is in the score, as in any episode.
+        total = sum(step.reward for step in episode.steps)
+        assert episode.score == pytest.approx(total)
+    assert stats.sampled_tokens == own_tokens
+    assert len({t.steps[t.start].answer_ids for t in done.values()}) > 3
+    alone, _ = _sample(2, requests[5:6])
+    key = (requests[5].task_id, requests[5].rollout)
+    assert alone[key] == dataclasses.replace(
+        done[key],
+        steps=tuple(
+            dataclasses.replace(new, answer_logp=old.answer_logp)  # equal but for rounding
+            for new, old in zip(done[key].steps, alone[key].steps, strict=True)
+        ),
+    )
+
+
+def test_malformed_steps_of_a_prefix_stay_away_from_the_environment():
+    said = iter(["no", "Action: right", "nothing"])
+    first, *_ = _one(lambda context: next(said, "Action: right"))
+    prefix = tuple(dataclasses.replace(s, answer_ids=None, answer_logp=None) for s in first.steps)
+    pool, sampler = Corridor(2), Scripted(2, lambda context: "Action: right")
+    request = EpisodeRequest("t", 1, prefix[:3], first.first_observation)
+    (episode,), stats = _play(sampler, pool, [request])
+    assert [s.action for s in episode.steps] == [None, "right", None, "right", "right"]
+    assert episode.steps[:3] == prefix[:3] and episode.status is Status.SUCCESS
+    assert pool.stepped == ["right"] * 3
+    assert (stats.malformed, stats.turns, episode.start) == (0, 2, 3)
+    assert stats.prompt_tokens + stats.sampled_tokens == len(
+        _template().encode_trajectory(episode).tokens
+    )  # a step without ids is read as the template writes it
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(observation="You are at 7."), "step 1, action 'look', it said 'You are at 1.'"),
+        (dict(reward=0.5), "step 1, action 'look', the score rose by 0 instead of 0.5"),
+        (dict(action="right right"), "step 2, action 'right', it said 'You are at 2.' instead"),
+    ],
+)
+def test_an_environment_that_is_not_deterministic_is_told(change, says):
+    actions = iter(["right", "look", "right"])
+    whole, *_ = _one(lambda context: f"Action: {next(actions, 'right')}")
+    steps = list(whole.steps)
+    if "action" in change:
+        steps[2] = dataclasses.replace(steps[2], observation="You are at 3.")
+    else:
+        steps[1] = dataclasses.replace(steps[1], **change)
+    request = EpisodeRequest("t", 1, tuple(steps), whole.first_observation)
+    (episode,), stats = _play(Scripted(2, None), Corridor(2), [request])
+    assert (episode.status, episode.score) == (Status.ENV_ERROR, 0.0)
+    assert "not deterministic" in episode.error and says in episode.error
+    assert stats.turns == 0 and episode.start == len(episode.steps) < 3
+
+
+def test_what_else_ends_a_replay():
+    looks, *_ = _one(lambda context: "Action: look")
+    first = looks.first_observation
+
+    def replay(prefix, first=first, task="t", say=lambda context: "Action: look", **more):
+        request = EpisodeRequest(task, 1, tuple(prefix), first)
+        (episode,), _ = _play(Scripted(2, say, **more), Corridor(2), [request])
+        return episode
+
+    assert "at the start" in replay(looks.steps[:2], first="Elsewhere.").error
+    whole = replay(looks.steps)  # nothing is left to be said
+    assert (whole.status, whole.steps) == (Status.STEP_LIMIT, looks.steps)
+    small = replay(looks.steps[:5], max_length=42)
+    assert small.status is Status.TOKEN_LIMIT and 0 < len(small.steps) < 5
+    assert small.steps == looks.steps[: len(small.steps)]
+    right, *_ = _one(lambda context: "Action: right")
+    more = (*right.steps, dataclasses.replace(right.steps[0]))
+    assert "it ended the episode, which went on before" in replay(more).error
+    broken = dataclasses.replace(looks.steps[0], action="break")
+    assert replay([broken]).error == "at action 'break': worker 0 died"

@@ -54,8 +54,9 @@ _episodes = st.builds(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(_episodes, max_size=3))
-def test_round_trip(tmp_path_factory, episodes):
+@given(st.lists(_episodes, max_size=3), st.integers(0, 4))
+def test_round_trip(tmp_path_factory, episodes, start):
+    episodes = [dataclasses.replace(t, start=min(start, len(t.steps))) for t in episodes]
     path = tmp_path_factory.mktemp("store") / "a.jsonl"
     with TrajectoryWriter(path) as writer:
         for episode in episodes:
@@ -122,6 +123,8 @@ def _change(**fields):
     ("change", "message"),
     [
         (_change(format=2), "reads format 1, got 2"),
+        (_change(start=0), "'start': wanted a whole number from 1 to the 2 steps, got 0"),
+        (_change(start=3), "'start'"),
         (_change(format=True), "reads format 1, got True"),
         (lambda r: {k: v for k, v in r.items() if k != "seed"}, "missing fields: seed"),
         (_change(colour="red"), "unknown fields: colour"),

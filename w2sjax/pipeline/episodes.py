@@ -27,7 +27,7 @@ from w2sjax.chat import ChatTemplate
 from w2sjax.envs import EnvPool, PlayRequest
 from w2sjax.pipeline.manifests import Stage
 from w2sjax.pipeline.processes import Processes
-from w2sjax.pipeline.storage import write_whole
+from w2sjax.pipeline.storage import entries, write_whole
 from w2sjax.sampling import (
     CollectStats,
     EpisodeRequest,
@@ -45,6 +45,7 @@ from w2sjax.types import Policy, Trajectory
 
 EPISODES = "episodes.jsonl"
 _BLOCK = "episodes.{:06d}.jsonl"  # what it is joined from
+_BLOCKS = "episodes.*.jsonl"
 _PLAYED_BLOCK = 32  # episodes of an environment's own players per block; they depend on no other
 
 
@@ -53,12 +54,40 @@ def read_episodes(stage: Stage) -> list[Trajectory]:
     return read_trajectories(stage.directory / EPISODES)
 
 
-def join_episodes(directory: epath.Path, shares: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def read_blocks(
+    directory: epath.Path, requests: Sequence[EpisodeRequest], size: int, first_block: int
+) -> list[Trajectory] | None:
+    """The episodes that were asked for, in that order; None while a block is not there whole.
+
+    Args:
+      directory: of the stage.
+      requests, first_block: as for `Episodes.sample`.
+      size: requests per block.
+    """
+    episodes: list[Trajectory] = []
+    for number, start in enumerate(range(0, len(requests), size), start=first_block):
+        block = _read(directory / _BLOCK.format(number))
+        wanted = [(r.task_id, r.rollout) for r in requests[start : start + size]]
+        if _ids(block) != wanted:
+            return None
+        episodes += block
+    return episodes
+
+
+def joined_episodes(directory: epath.Path) -> list[Trajectory] | None:
+    """What `join_episodes` wrote, in a run that was then cut off; None if it did not get as far."""
+    return _read(directory / EPISODES)
+
+
+def join_episodes(
+    directory: epath.Path, shares: Sequence[Mapping[str, Any]], *, by_task: bool = False
+) -> dict[str, Any]:
     """Joins the blocks of all processes into one file, in the order of the requests.
 
     Args:
       directory: of the stage, all blocks in it.
       shares: what `Episodes.play` or `Episodes.sample` returned in each process.
+      by_task: puts all rollouts of a task together, in their order.
 
     Returns:
       Facts for the stage's manifest.
@@ -66,10 +95,17 @@ def join_episodes(directory: epath.Path, shares: Sequence[Mapping[str, Any]]) ->
     joined = directory / EPISODES
     blocks = [directory / _BLOCK.format(number) for number in range(shares[0]["blocks"])]
     if not shares[0]["joined"]:  # else an earlier run got as far
-        write_whole(joined, b"".join(block.read_bytes() for block in blocks))
-    facts = _episode_facts(read_trajectories(joined))
-    for block in blocks:
-        block.unlink(missing_ok=True)
+        if by_task:
+            episodes = [episode for block in blocks for episode in read_trajectories(block)]
+            place = {task: i for i, task in enumerate(dict.fromkeys(t.task_id for t in episodes))}
+            episodes.sort(key=lambda t: (place[t.task_id], t.rollout))
+            write_whole(joined, dump_trajectories(episodes))
+        else:
+            write_whole(joined, b"".join(block.read_bytes() for block in blocks))
+    facts = episode_facts(read_trajectories(joined))
+    for path in entries(directory):
+        if path.match(_BLOCKS):
+            path.unlink(missing_ok=True)
     if "sampling" in shares[0]:
         facts["sampling"] = _sampling_facts([share["sampling"] for share in shares])
     return facts
@@ -105,7 +141,7 @@ def without_ids(episode: Trajectory) -> Trajectory:
 def write_episodes(directory: epath.Path, episodes: Sequence[Trajectory]) -> dict[str, Any]:
     """Writes a stage's episodes at once; returns facts for its manifest."""
     write_whole(directory / EPISODES, dump_trajectories(episodes))
-    return _episode_facts(episodes)
+    return episode_facts(episodes)
 
 
 class Episodes:
@@ -188,6 +224,7 @@ class Episodes:
         draws: Mapping[str, float],
         policy_name: str,
         seed: int,
+        first_block: int = 0,
     ) -> dict[str, Any]:
         """Lets a model act, in this process's blocks of requests; `draws` are the temperature and
         the filters of `SamplerSettings`.
@@ -195,6 +232,17 @@ class Episodes:
         A block is sampled whole: which episodes run side by side decides the last bits of the
         logits, so an interrupted run repeats the block that it was cut in, and ends with the same
         episodes as one that was not.
+
+        Args:
+          directory: of the stage.
+          title: of the progress bar.
+          template, policy, params: who acts.
+          pool: where.
+          requests: all that is asked for; of a stage that asks several times, rollouts not asked
+            for before.
+          temperature, top_p: how tokens are drawn.
+          policy_name, seed: recorded in the episodes.
+          first_block: number of blocks that the stage asked for before.
 
         Returns:
           This process's share, for `join_episodes`.
@@ -238,7 +286,15 @@ class Episodes:
             _add_stats(total, stats)
             return episodes
 
-        share = self._in_blocks(directory, title, requests, c.sampler.block, sample_block)
+        share = self._in_blocks(
+            directory,
+            title,
+            requests,
+            c.sampler.block,
+            sample_block,
+            numbers=[request.rollout for request in requests],
+            first_block=first_block,
+        )
         numbers = {f.name: getattr(total, f.name) for f in dataclasses.fields(total)}
         del numbers["statuses"]
         return share | {"sampling": numbers | {"episodes": total.episodes}}
@@ -281,25 +337,32 @@ class Episodes:
         requests: Sequence,
         size: int,
         make: Callable[[int, Callable[[int, str], None]], list[Trajectory]],
+        *,
+        numbers: Sequence[int] | None = None,
+        first_block: int = 0,
     ) -> dict[str, Any]:
         """Writes this process's blocks of requests; those that are there are kept.
 
         Args:
           directory: of the stage.
           title: of the progress bar.
-          requests: all that is asked for; several of one `task_id` are its rollouts in their order.
+          requests: all that is asked for.
           size: requests per block.
           make: (index of a block's first request, progress) → the block's episodes, in any order.
+          numbers: which rollout of its task each request is; several of one `task_id` are its
+            rollouts in their order where None.
+          first_block: number of the first block.
 
         Returns:
           How many blocks there are, and whether they have been joined before.
         """
         processes = self._processes
-        ids = [(r.task_id, n) for r, n in zip(requests, _rollout_numbers(requests), strict=True)]
+        numbers = _rollout_numbers(requests) if numbers is None else numbers
+        ids = [(r.task_id, n) for r, n in zip(requests, numbers, strict=True)]
         order = {episode: index for index, episode in enumerate(ids)}
         starts = range(0, len(requests), size)
-        share = {"blocks": len(starts), "joined": _holds(directory / EPISODES, ids)}
-        if share["joined"]:
+        share = {"blocks": len(starts), "joined": _ids(_read(directory / EPISODES)) == ids}
+        if share["joined"] or not ids:
             return share
         if len(starts) < processes.count:
             report.CONSOLE.print(
@@ -310,8 +373,9 @@ class Episodes:
         done, total = 0, sum(len(requests[start : start + size]) for start in own)
         with report.progress_bar(title, total, "episodes") as update:
             for start in own:
-                path, wanted = directory / _BLOCK.format(start // size), ids[start : start + size]
-                if not _holds(path, wanted):
+                path = directory / _BLOCK.format(first_block + start // size)
+                wanted = ids[start : start + size]
+                if _ids(_read(path)) != wanted:
                     processes.check()
                     episodes = make(
                         start, lambda count, note, done=done: update(done + count, note)
@@ -322,7 +386,13 @@ class Episodes:
         return share
 
 
-def _episode_facts(episodes: Sequence[Trajectory]) -> dict[str, Any]:
+def sampled_tokens(episodes: Sequence[Trajectory]) -> int:
+    """Tokens that a policy sampled for these episodes; replayed steps cost none."""
+    own = (step.answer_ids or () for t in episodes for step in t.steps[t.start :])
+    return sum(map(len, own))
+
+
+def episode_facts(episodes: Sequence[Trajectory]) -> dict[str, Any]:
     """Counts that go into a stage's manifest."""
     scored = [t for t in episodes if t.status.scored]
     count = max(1, len(scored))
@@ -333,16 +403,21 @@ def _episode_facts(episodes: Sequence[Trajectory]) -> dict[str, Any]:
         "success": round(sum(t.success for t in scored) / count, 4),
         "reward": round(sum(t.score for t in scored) / count, 4),
         "mean_steps": round(sum(len(t.steps) for t in scored) / count, 2),
-        "malformed_answers": sum(step.action is None for t in scored for step in t.steps),
+        "malformed_answers": sum(s.action is None for t in scored for s in t.steps[t.start :]),
+        "sampled_tokens": sampled_tokens(episodes),
     }
 
 
-def _holds(path: epath.Path, ids: Sequence[tuple[str, int]]) -> bool:
-    """Whether a file holds just these episodes (task, rollout), whole."""
+def _read(path: epath.Path) -> list[Trajectory] | None:
+    """The episodes of a file; None where it is not there whole."""
     try:
-        return [(t.task_id, t.rollout) for t in read_trajectories(path)] == list(ids)
+        return read_trajectories(path)
     except (FileNotFoundError, TrajectoryFileError):
-        return False
+        return None
+
+
+def _ids(episodes: Sequence[Trajectory] | None) -> list[tuple[str, int]] | None:
+    return None if episodes is None else [(t.task_id, t.rollout) for t in episodes]
 
 
 def _rollout_numbers(requests: Sequence) -> list[int]:

@@ -19,7 +19,10 @@ from w2sjax.types import Trajectory, TrajectoryTree
 
 @dataclasses.dataclass(frozen=True)
 class Forest:
-    """B trees and how their R rollouts relate to the E episodes they were built from."""
+    """B trees and how their R rollouts relate to the E episodes they were built from.
+
+    Where there is no rollout, numbers are 0.
+    """
 
     tree: TrajectoryTree  # every field with a leading axis B
     # int32 [B, R], index of the episode; −1 where a task has fewer than R scored ones
@@ -27,6 +30,8 @@ class Forest:
     length: np.ndarray  # int32 [B, R], steps
     score: np.ndarray  # float32 [B, R], returns
     success: np.ndarray  # bool [B, R]
+    rollout: np.ndarray  # int32 [B, R], number among the rollouts of its task
+    start: np.ndarray  # int32 [B, R], steps that were replayed from another rollout of the task
     num_episodes: int  # E, unscored ones included
 
     @property
@@ -34,8 +39,20 @@ class Forest:
         """bool [B, R]: rollouts that are there."""
         return self.episode >= 0
 
+    @property
+    def sampled(self) -> np.ndarray:
+        """bool [B, R, T], steps that a rollout sampled itself."""
+        step = np.arange(self.tree.trajectory_node.shape[-1] - 1)
+        return (step >= self.start[..., None]) & (step < self.length[..., None])
 
-def build_forest(episodes: Sequence[Trajectory], *, merge_on: str) -> Forest:
+
+def build_forest(
+    episodes: Sequence[Trajectory],
+    *,
+    merge_on: str,
+    num_rollouts: int | None = None,
+    num_steps: int | None = None,
+) -> Forest:
     """Groups episodes by task and builds a tree of each task.
 
     Episodes that broke (env_error, policy_error) are in no tree. A malformed answer is merged on
@@ -44,9 +61,11 @@ def build_forest(episodes: Sequence[Trajectory], *, merge_on: str) -> Forest:
     Args:
       episodes: E of them, in their canonical order.
       merge_on: see `trees.StepInterner`.
+      num_rollouts: R, to pad to; the most of any task where None.
+      num_steps: T, to pad to; the longest episode's where None.
 
     Raises:
-      ValueError: no episode was scored.
+      ValueError: no episode was scored, or a task or an episode is larger than it may be.
     """
     by_task: dict[str, list[int]] = {}
     for index, episode in enumerate(episodes):
@@ -70,6 +89,8 @@ def build_forest(episodes: Sequence[Trajectory], *, merge_on: str) -> Forest:
             for group in groups
         ],
         merge_on=merge_on,
+        num_rollouts=num_rollouts,
+        num_steps=num_steps,
     )
     num_rollouts, num_steps = keys.step_keys.shape[1:]
     index = np.full((len(groups), num_rollouts), -1, np.int32)
@@ -77,6 +98,8 @@ def build_forest(episodes: Sequence[Trajectory], *, merge_on: str) -> Forest:
         index[row, : len(group)] = group
     score = np.array([e.score for e in episodes], np.float32)[index] * (index >= 0)
     success = np.array([e.success for e in episodes], bool)[index] & (index >= 0)
+    rollout = np.array([e.rollout for e in episodes], np.int32)[index] * (index >= 0)
+    start = np.array([e.start for e in episodes], np.int32)[index] * (index >= 0)
     build = functools.partial(trees.build_tree, max_nodes=1 + num_rollouts * num_steps)
     tree = jax.jit(jax.vmap(lambda k, n, r, m: build(k, n, r, mask=m)))(
         keys.step_keys, keys.lengths, score, keys.mask
@@ -87,6 +110,8 @@ def build_forest(episodes: Sequence[Trajectory], *, merge_on: str) -> Forest:
         length=keys.lengths,
         score=score,
         success=success,
+        rollout=rollout,
+        start=start,
         num_episodes=len(episodes),
     )
 
@@ -111,26 +136,34 @@ def _tree_fields():
     return dataclasses.fields(TrajectoryTree)
 
 
-def room(forest: Forest, gate: ml_collections.ConfigDict) -> dict[str, Any]:
+def room(
+    forest: Forest, gate: ml_collections.ConfigDict, *, root_rollouts: int | None = None
+) -> dict[str, Any]:
     """What there is to learn from, and warnings where a gate says that it is too little.
 
     Args:
       forest: the trees.
       gate: config.gate.
+      root_rollouts: rollouts of each task that say how the policy plays; the later ones began where
+        a choice had them begin. All do where None.
 
     Returns:
       Shares in [0, 1] by name, and `warnings`.
     """
     steps = int(forest.length.sum())
     nodes = int(forest.tree.num_nodes.sum()) - len(forest.episode)
-    sampled = forest.success[forest.mask].mean()
+    plain = forest.mask
+    if root_rollouts is not None:
+        plain = plain & (forest.rollout < root_rollouts)
+    if not plain.any():  # all of the first ones broke, so the next began at the root as well
+        plain = forest.mask & (forest.start == 0)
     with_success = forest.success.any(axis=1)
     mixed = with_success & (~forest.success & forest.mask).any(axis=1)
     facts = {
         "tasks": len(forest.episode),
         "rollouts": int(forest.mask.sum()),
-        "sampled_success": round(float(sampled), 4),
-        "sampled_reward": round(float(forest.score[forest.mask].mean()), 4),
+        "sampled_success": round(float(forest.success[plain].mean()), 4),
+        "sampled_reward": round(float(forest.score[plain].mean()), 4),
         "tasks_with_success": round(float(with_success.mean()), 4),
         "tasks_with_success_and_failure": round(float(mixed.mean()), 4),
         "shared_steps": round(1 - nodes / max(1, steps), 4),
@@ -158,13 +191,18 @@ def search_forest(
 ) -> dict[str, np.ndarray]:
     """Runs offline MCTS and the backups on every tree.
 
+    Rollouts that began inside a tree weigh in its mean values no more than the way to their start
+    is taken (`search.backup_mean`); the others are about what was found, however often.
+
     Returns:
       `node_visits` int32 [B, N], `mcts_values`, `mean_values`, `max_values` float32 [B, N], and the
       paths that MCTS visits most: `path_nodes` int32 [B, T+1] (−1 past the end), `path_length`
       int32 [B].
     """
 
-    def one(tree):
+    branched = bool(forest.start.any())
+
+    def one(tree, start):
         found = search.run_mcts(
             tree,
             num_simulations=num_simulations,
@@ -175,13 +213,13 @@ def search_forest(
         return {
             "node_visits": found.node_visits,
             "mcts_values": found.node_values,
-            "mean_values": search.backup_mean(tree),
+            "mean_values": search.backup_mean(tree, start=start if branched else None),
             "max_values": search.backup_max(tree, discount=discount),
             "path_nodes": path.nodes,
             "path_length": path.length,
         }
 
-    return jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(forest.tree))
+    return jax.tree.map(np.asarray, jax.jit(jax.vmap(one))(forest.tree, forest.start))
 
 
 def make_targets(
@@ -192,6 +230,11 @@ def make_targets(
     seed: int,
 ) -> dict[str, tuple[dict[str, np.ndarray], dict[str, Any]]]:
     """All methods' targets as indices and weights.
+
+    A step is learned as often as it was sampled: where a rollout began inside a tree, the steps
+    before are another's and count 0 in `sft_all` and `tree_awr`. `sft_success` learns whole
+    successes, but of the steps that several of them replay, each once. Pairs (`dpo`) contain the
+    replayed steps, which say nothing where both sides have them.
 
     Args:
       forest: the trees.
@@ -205,12 +248,11 @@ def make_targets(
       `start` and `…_end` (steps), and `value_gap` float32 [P].
     """
     num_steps = forest.tree.trajectory_node.shape[-1] - 1
-    every_step = np.arange(num_steps) < forest.length[..., None]  # bool [B, R, T]
     step_weights = {
-        "sft_all": every_step,
-        "sft_success": every_step & forest.success[..., None],
+        "sft_all": forest.sampled,
+        "sft_success": _success_steps(forest),
         "mcts": _best_path_weights(forest, values, settings.best_path_min_return),
-        "tree_awr": _awr_weights(forest, values, settings),
+        "tree_awr": _awr_weights(forest, values, settings) * forest.sampled,
     }
     made = {}
     for name, weights in step_weights.items():
@@ -249,6 +291,26 @@ def make_targets(
     made["dpo"] = _pair_arrays(forest, matched)
     made["tree_dpo"] = _pair_arrays(forest, branched)
     return made
+
+
+def _success_steps(forest: Forest) -> np.ndarray:
+    """bool [B, R, T]: all steps of successes; those that were replayed, in the first success that
+    goes through their node, and only where none sampled a step into it itself.
+    """
+    nodes = forest.tree.trajectory_node[..., 1:]
+    every_step = (nodes >= 0) & forest.success[..., None]
+    taken = every_step & forest.sampled
+    row, _, _ = at = np.nonzero(taken)
+    seen = np.zeros(forest.tree.parent.shape, bool)
+    seen[row, nodes[at]] = True
+    rows = np.arange(len(nodes))[:, None]
+    for number in range(nodes.shape[1]):
+        here = nodes[:, number]
+        new = every_step[:, number] & ~seen[rows, here]
+        taken[:, number] |= new
+        row, _ = at = np.nonzero(new)
+        seen[row, here[at]] = True
+    return taken
 
 
 def _best_path_weights(

@@ -31,6 +31,7 @@ from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import forest as forests
 from w2sjax.pipeline.agents import Agent
 from w2sjax.pipeline.bases import make_agents
+from w2sjax.pipeline.branching import join_rounds, sample_rounds
 from w2sjax.pipeline.episodes import (
     Episodes,
     given_episodes,
@@ -171,6 +172,7 @@ class _Run:
         self.config = config
         self.workdir = workdir
         self.episodes = episodes
+        self.processes = processes
         self.training = Training(config)
         self.stages = Stages(settings, workdir, cache, self.training.mesh, processes)
         self.room: dict[str, Any] = {}
@@ -271,13 +273,13 @@ class _Run:
             digest = hashlib.blake2b(dump_trajectories(episodes), digest_size=12).hexdigest()
             make = functools.partial(write_episodes, episodes=episodes)
             return self.stages.run("rollouts", (), {}, make, facts={"episodes": digest})
-        return self.stages.run(
-            "rollouts",
-            ("env", "seed", "rollouts", "models.max_length", "tasks.train", "sampler"),
-            {"weak": weak},
-            functools.partial(self._make_rollouts, weak),
-            finish=join_episodes,
-        )
+        fields = ("env", "seed", "rollouts", "models.max_length", "tasks.train", "sampler")
+        finish = join_episodes
+        if self.config.rollouts.branching != "none":
+            fields += ("trees",)
+            finish = functools.partial(join_rounds, settings=self.config.rollouts)
+        make = functools.partial(self._make_rollouts, weak)
+        return self.stages.run("rollouts", fields, {"weak": weak}, make, finish=finish)
 
     # ----------------------------------------------------------------------------- the stages
 
@@ -293,23 +295,34 @@ class _Run:
         c, agent = self.config, self.agents["weak"]
         with self.episodes.pool(slots=c.sampler.slots) as pool:
             tasks = pool.task_ids("train", c.tasks.train)
-            return self.episodes.sample(
-                directory,
-                "weak rollouts",
-                agent.template,
-                agent.policy(weak),
-                agent.load(weak, alone=True),
-                pool,
-                [EpisodeRequest(t, r) for t in tasks for r in range(c.rollouts.per_task)],
-                draws={name: c.rollouts[name] for name in _DRAWS},
-                policy_name="weak",
-                seed=c.seed,
-            )
+            policy, params = agent.policy(weak), agent.load(weak, alone=True)
+
+            def sample(requests, title, first_block=0):
+                return self.episodes.sample(
+                    directory,
+                    title,
+                    agent.template,
+                    policy,
+                    params,
+                    pool,
+                    requests,
+                    draws={name: c.rollouts[name] for name in _DRAWS},
+                    policy_name="weak",
+                    seed=c.seed,
+                    first_block=first_block,
+                )
+
+            if c.rollouts.branching != "none":
+                return sample_rounds(directory, tasks, sample, c, self.processes)
+            requests = [EpisodeRequest(t, r) for t in tasks for r in range(c.rollouts.per_task)]
+            return sample(requests, "weak rollouts")
 
     def _make_trees(self, rollouts: Stage, directory: epath.Path) -> dict[str, Any]:
         forest = forests.build_forest(read_episodes(rollouts), merge_on=self.config.trees.merge_on)
         forests.save_forest(directory / "trees.npz", forest)
-        return forests.room(forest, self.config.gate)
+        c = self.config
+        first = None if c.rollouts.branching == "none" else c.rollouts.root_rollouts
+        return forests.room(forest, c.gate, root_rollouts=first)
 
     def _make_search(self, trees: Stage, directory: epath.Path) -> dict[str, Any]:
         forest = forests.load_forest(trees.directory / "trees.npz")

@@ -1,7 +1,7 @@
 """Sampling: how a policy's answers are drawn, how it plays environments, and episodes on disk."""
 
 from w2sjax.sampling.choose import collect_choosing
-from w2sjax.sampling.collect import CollectStats, EpisodeRequest, collect
+from w2sjax.sampling.collect import NOT_DETERMINISTIC, CollectStats, EpisodeRequest, collect
 from w2sjax.sampling.demonstrations import play_episodes
 from w2sjax.sampling.sampler import (
     DecodeWork,
@@ -19,6 +19,7 @@ from w2sjax.sampling.store import (
 )
 
 __all__ = [
+    "NOT_DETERMINISTIC",
     "CollectStats",
     "DecodeWork",
     "EpisodeRequest",

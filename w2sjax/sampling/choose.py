@@ -100,10 +100,11 @@ class _Choosing(Run):
         """Appends what came to the contexts, and asks what may be done."""
         for slot in self._ready:
             episode = self._episodes[slot]
-            before = self._contexts[slot] if episode.steps else []
+            before = self._contexts[slot] if episode.context else []
             self._contexts[slot] = [*before, *episode.chunk]
             episode.context += len(episode.chunk)
             self.stats.prompt_tokens += len(episode.chunk)
+            episode.chunk = []
         asked, self._ready = dict.fromkeys(self._ready, ""), set()
         self._ask("actions", asked)
 

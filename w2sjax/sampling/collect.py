@@ -25,15 +25,22 @@ from w2sjax.envs import EnvFailure, EnvPool, Outcome, Reset
 from w2sjax.sampling.sampler import Sampler, SlotState, TurnResult
 from w2sjax.types import Status, Step, Trajectory
 
+NOT_DETERMINISTIC = "the environment is not deterministic, so a prefix cannot be replayed:"
 _MOST_STEPS = 4  # tokens of each answer after which the environments are looked at again
 
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeRequest:
-    """One episode to sample."""
+    """One episode to sample, from the start or from a later point of an earlier episode.
+
+    The prefix is restored by replay: its actions are performed again, and what the environment says
+    must be what it said then. The model gets all of it as one prompt and goes on from there.
+    """
 
     task_id: str
     rollout: int  # index among the rollouts of this task, >= 0
+    prefix: tuple[Step, ...] = ()  # first steps of an earlier episode of the task
+    first_observation: str | None = None  # of that episode; not compared where None
 
 
 @dataclasses.dataclass
@@ -46,7 +53,7 @@ class CollectStats:
       turns: answers sampled.
       malformed: answers without an action; those that were cut off count too.
       sampled_tokens: tokens sampled, ends of turn included.
-      prompt_tokens: tokens of instructions and observations given to the model.
+      prompt_tokens: tokens given to the model: instructions, observations, prefixes of requests.
       steps: passes of the model that sampled a token in the slots that were speaking.
       slot_steps: steps × slots; `speaking / slot_steps` is the share of slots that were.
       speaking: slots that were speaking, summed over steps.
@@ -95,6 +102,11 @@ class _Episode:
     expects: str = "reset"  # what the environment was asked for last: an operation of `EnvPool`
     said: Step | None = None  # the answer whose action the environment is performing
 
+    @property
+    def replays(self) -> bool:
+        """Whether the next step is one of the request's prefix."""
+        return len(self.steps) < len(self.request.prefix)
+
 
 def collect(
     sampler: Sampler,
@@ -121,7 +133,8 @@ def collect(
       the environment does not see it;
     - the next observation does not fit into the context, or an answer fills it: token_limit;
     - the environment or its worker breaks: env_error, with what it said in `error`, score 0. The
-      answer that it broke at is not among the steps;
+      answer that it broke at is not among the steps. Likewise where a request's prefix is replayed
+      and the environment says something else than before;
     - the policy's numbers are not finite: policy_error, likewise.
 
     Args:
@@ -209,6 +222,17 @@ def _task_hash(task_id: str) -> tuple[int, int]:
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
 
 
+def _difference(recorded: Step, now: Step, ends_early: bool) -> str:
+    """How a replayed step went otherwise than before; "" where it did not."""
+    if ends_early:
+        return "it ended the episode, which went on before"
+    if now.observation != recorded.observation:
+        return f"it said {now.observation!r} instead of {recorded.observation!r}"
+    if not math.isclose(now.reward, recorded.reward, abs_tol=1e-6):
+        return f"the score rose by {now.reward:g} instead of {recorded.reward:g}"
+    return ""
+
+
 class Run:
     """The state of one collection: episodes by slot, and what happens to them."""
 
@@ -233,6 +257,7 @@ class Run:
         self._episodes: dict[int, _Episode] = {}  # slot → the episode under way
         self._ready: set[int] = set()  # slots whose chunk the model has not got yet
         self._speaking = 0  # slots whose answer is under way
+        self._replaying: dict[int, str] = {}  # slot → action of a prefix, to be sent next
         self._patience = patience or max(1, sampler.num_slots // 8)
         self._seen: set[bytes] = set()  # digests of (task, answers) of finished episodes
 
@@ -275,17 +300,27 @@ class Run:
         """Goes on where environments have answered."""
         if not self._pool.outstanding:
             return
+        answers = self._poll(None if wait else 0.0)
+        while answers:
+            for slot, answer in answers.items():
+                episode = self._episodes[slot]
+                if episode.expects == "reset":
+                    self._begin(slot, episode, answer)
+                elif episode.expects == "actions":
+                    self._offer(slot, episode, answer)
+                else:
+                    self._advance(slot, episode, episode.said, answer)
+            actions, self._replaying = self._replaying, {}
+            if not actions:
+                break
+            self._ask("step", actions)
+            answers = self._poll(0.0)
+
+    def _poll(self, wait_s: float | None) -> dict[int, Any]:
         began = time.perf_counter()
-        answers = self._pool.poll(wait_s=None if wait else 0.0)
+        answers = self._pool.poll(wait_s=wait_s)
         self.stats.env_seconds += time.perf_counter() - began
-        for slot, answer in answers.items():
-            episode = self._episodes[slot]
-            if episode.expects == "reset":
-                self._begin(slot, episode, answer)
-            elif episode.expects == "actions":
-                self._offer(slot, episode, answer)
-            else:
-                self._advance(slot, episode, episode.said, answer)
+        return answers
 
     def _offer(self, slot: int, episode: _Episode, actions: Sequence[str] | EnvFailure) -> None:
         """What may be done; asked for only where the agent chooses among it."""
@@ -298,11 +333,34 @@ class Run:
         episode.instruction = reset.instruction
         episode.first_observation = reset.first_observation
         episode.max_steps = reset.max_steps
+        expected = episode.request.first_observation
+        if expected not in (None, reset.first_observation):
+            said = f"at the start {reset.first_observation!r} instead of {expected!r}"
+            self._finish(slot, Status.ENV_ERROR, error=f"{NOT_DETERMINISTIC} {said}")
+            return
         episode.chunk = self._template.encode_start(reset.instruction, reset.first_observation)
         if len(episode.chunk) >= self._sampler.settings.max_length:
             self._finish(slot, Status.TOKEN_LIMIT)
         else:
+            self._go_on(slot, episode)
+
+    def _go_on(self, slot: int, episode: _Episode) -> None:
+        """The next turn is the model's, or a step of the prefix that is to be restored."""
+        if not episode.replays:
             self._ready.add(slot)
+            return
+        step = episode.request.prefix[len(episode.steps)]
+        episode.chunk += self._ids_of(step)
+        if step.action is None:
+            self._advance(slot, episode, step, None)
+        else:
+            episode.said = step
+            self._replaying[slot] = step.action
+
+    def _ids_of(self, step: Step) -> Sequence[int]:
+        if step.answer_ids is None:
+            return self._template.encode_answer(step.answer)
+        return step.answer_ids
 
     def _feed(self) -> None:
         """Gives the model the chunks that are ready."""
@@ -319,8 +377,9 @@ class Run:
             episode = self._episodes[slot]
             length[slot] = len(episode.chunk)
             chunk[slot, : length[slot]] = episode.chunk
-            reset[slot] = not episode.steps
+            reset[slot] = not episode.context
             episode.context += len(episode.chunk)
+            episode.chunk = []
         self._state = self._sampler.feed(
             self._params, self._state, chunk, length, reset, self._keys(self._ready)
         )
@@ -399,16 +458,23 @@ class Run:
         episode.said = None
         status = None
         if step.action is None:
-            step = dataclasses.replace(step, observation=MALFORMED_OBSERVATION)
+            said = step.observation if episode.replays else MALFORMED_OBSERVATION
+            step = dataclasses.replace(step, observation=said)
         elif isinstance(outcome, EnvFailure):
             self._finish(
                 slot, Status.ENV_ERROR, error=f"at action {step.action!r}: {outcome.message}"
             )
             return
         else:
+            recorded = step
             step = dataclasses.replace(
                 step, observation=outcome.observation, reward=outcome.score - episode.score
             )
+            ends_early = outcome.done and len(episode.steps) + 1 < len(episode.request.prefix)
+            if episode.replays and (what := _difference(recorded, step, ends_early)):
+                said = f"at step {len(episode.steps)}, action {step.action!r}, {what}"
+                self._finish(slot, Status.ENV_ERROR, error=f"{NOT_DETERMINISTIC} {said}")
+                return
             episode.score = outcome.score
             if outcome.done:
                 status = Status.SUCCESS if outcome.success else Status.FAILED
@@ -416,14 +482,12 @@ class Run:
         if status is None and len(episode.steps) >= episode.max_steps:
             status = Status.STEP_LIMIT
         if status is None:
-            episode.chunk = [
-                *self._template.close_answer(step.answer_ids),
-                *self._template.encode_observation(step.observation),
-            ]
+            episode.chunk += self._template.close_answer(self._ids_of(step))
+            episode.chunk += self._template.encode_observation(step.observation)
             if episode.context + len(episode.chunk) >= self._sampler.settings.max_length:
                 status = Status.TOKEN_LIMIT
         if status is None:
-            self._ready.add(slot)
+            self._go_on(slot, episode)
         else:
             self._finish(slot, status)
 
@@ -448,5 +512,6 @@ class Run:
                 status=status,
                 score=episode.score if status.scored else 0.0,
                 error=error,
+                start=min(len(episode.request.prefix), len(episode.steps)),
             )
         )

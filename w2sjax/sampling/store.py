@@ -1,6 +1,6 @@
 """Trajectories on disk: JSON Lines that a person can read, one episode a line.
 
-A line is an object with exactly these fields:
+A line is an object with these fields:
 
     format         int, version of this layout (1)
     task_id        string
@@ -15,6 +15,10 @@ A line is an object with exactly these fields:
     status         string, see `w2sjax.types.Status`
     score          number in [0, 1]
     error          string, what broke; "" where nothing did
+
+and, in an episode that went on from a later point of an earlier one,
+
+    start          int > 0, how many of its steps were replayed
 """
 
 from __future__ import annotations
@@ -160,6 +164,8 @@ def _to_line(trajectory: Trajectory) -> bytes:
         "score": trajectory.score,
         "error": trajectory.error,
     }
+    if trajectory.start:
+        record["start"] = trajectory.start
     where = f"trajectory of task {trajectory.task_id!r}, rollout {trajectory.rollout}"
     try:
         text = json.dumps(record, ensure_ascii=False, allow_nan=False)
@@ -222,7 +228,7 @@ def _parse(record: Any, where: str) -> Trajectory:
         )
     if missing := [field for field in _FIELDS if field not in record]:
         raise TrajectoryFileError(f"{where}: missing fields: {', '.join(missing)}")
-    if unknown := sorted(set(record) - set(_FIELDS)):
+    if unknown := sorted(set(record) - {*_FIELDS, "start"}):
         raise TrajectoryFileError(f"{where}: unknown fields: {', '.join(unknown)}")
 
     texts = {
@@ -243,6 +249,9 @@ def _parse(record: Any, where: str) -> Trajectory:
     num_steps = len(contents) // 2 - 1
     actions, rewards = per_step("actions"), per_step("rewards")
     answer_ids, answer_logps = per_step("answer_ids"), per_step("answer_logps")
+    start = record.get("start", 0)
+    if "start" in record and (type(start) is not int or not 0 < start <= num_steps):
+        raise fail("start", f"a whole number from 1 to the {num_steps} steps", start)
     steps = []
     for t in range(num_steps):
         if actions[t] is not None and type(actions[t]) is not str:
@@ -274,6 +283,7 @@ def _parse(record: Any, where: str) -> Trajectory:
         steps=tuple(steps),
         status=Status(status),
         score=float(score),
+        start=start,
         **texts,
     )
 

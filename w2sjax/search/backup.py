@@ -10,11 +10,17 @@ from w2sjax.trees.build import end_values, path_lengths
 from w2sjax.types import TrajectoryTree
 
 
-def backup_mean(tree: TrajectoryTree) -> chex.Array:
+def backup_mean(tree: TrajectoryTree, *, start: chex.Array | None = None) -> chex.Array:
     """The mean return of the trajectories through each node: the policy's own Monte-Carlo value.
+
+    Trajectories that began inside the tree say nothing about how often the policy gets there. With
+    `start`, a node's value is the mean over the trajectories that came to it by themselves or began
+    at it, of the value of the child that each took next (or of its end): V(v) = Σ_c m(c)·V(c) /
+    Σ_c m(c). So rollouts from a child make its value more exact and weigh no more above it.
 
     Args:
       tree: one tree of capacity N; `jax.vmap` for many.
+      start: int32 [R], depth that each trajectory began at; all at the root where None.
 
     Returns:
       float [N]; 0 on padding.
@@ -26,7 +32,33 @@ def backup_mean(tree: TrajectoryTree) -> chex.Array:
       [0.5, 1.0, 0.0]
     """
     chex.assert_rank(tree.parent, 1)
-    return tree.return_sum / jnp.maximum(tree.data_count, 1).astype(tree.return_sum.dtype)
+    if start is None:
+        return tree.return_sum / jnp.maximum(tree.data_count, 1).astype(tree.return_sum.dtype)
+    chex.assert_shape(start, tree.trajectory_node.shape[:1])
+    ends, _ = end_values(tree)
+    num_nodes = tree.parent.shape[0]
+    lengths = path_lengths(tree)
+    cut = (tree.num_children > 0) & (tree.terminal_count == 0)  # where only overflow stops a path
+
+    def level(values, inputs):
+        node, below, t = inputs  # [R] at depth t, [R] at depth t + 1
+        stops = lengths == t
+        counts = (node >= 0) & (start <= t) & ~(stops & cut[node])
+        at = jnp.where(counts, node, num_nodes)
+        gain = jnp.where(stops, ends[node], values[jnp.maximum(below, 0)])
+        total = jnp.zeros_like(values).at[at].add(gain, mode="drop")
+        number = jnp.zeros_like(values).at[at].add(1, mode="drop")
+        return jnp.where(number > 0, total / jnp.maximum(number, 1), values), None
+
+    return _from_below(level, tree, jnp.zeros((num_nodes,), ends.dtype))
+
+
+def _from_below(level, tree: TrajectoryTree, values: chex.Array) -> chex.Array:
+    """Values [N] after `level(values, (node [R], the node below [R], depth))`, deepest first."""
+    nodes = tree.trajectory_node.T  # [T+1, R]
+    below = jnp.concatenate([nodes[1:], jnp.full((1, nodes.shape[1]), -1, nodes.dtype)])
+    levels = (nodes, below, jnp.arange(nodes.shape[0]))
+    return jax.lax.scan(level, values, levels, reverse=True)[0]
 
 
 def backup_max(tree: TrajectoryTree, *, discount: float = 1.0) -> chex.Array:
@@ -78,7 +110,6 @@ def backup_soft(tree: TrajectoryTree, *, temperature: float, discount: float = 1
     chex.assert_rank([tree.parent, tree.trajectory_node], [1, 2])
     ends, _ = end_values(tree)
     num_nodes = tree.parent.shape[0]
-    nodes = tree.trajectory_node.T  # [T+1, R]
     lengths = path_lengths(tree)
     dtype = ends.dtype
     cut = (tree.num_children > 0) & (tree.terminal_count == 0)  # where only overflow stops a path
@@ -100,9 +131,4 @@ def backup_soft(tree: TrajectoryTree, *, temperature: float, discount: float = 1
         new = shift + temperature * jnp.log(mean)
         return values.at[at].set(new[node], mode="drop"), None
 
-    below = jnp.concatenate([nodes[1:], jnp.full((1, nodes.shape[1]), -1, nodes.dtype)])
-    times = jnp.arange(nodes.shape[0])
-    values, _ = jax.lax.scan(
-        level, jnp.zeros((num_nodes,), dtype), (nodes, below, times), reverse=True
-    )
-    return values
+    return _from_below(level, tree, jnp.zeros((num_nodes,), dtype))
