@@ -132,8 +132,10 @@ def test_the_two_commands_are_there_as_they_are_run():
 
 
 def test_extras_and_flags_that_are_named_exist(document):
-    setup, launch = (ROOT / "setup.py").read_text(), (ROOT / "launch.py").read_text()
+    setup = (ROOT / "setup.py").read_text()
+    programs = [ROOT / "launch.py", *(ROOT / "w2sjax").glob("*/__main__.py")]
+    flags = "".join(path.read_text() for path in programs)
     for extra in re.findall(r"pip install -e '?\.\[(\w+)\]", document):
         assert f'"{extra}":' in setup
     for flag in re.findall(r"--(\w+)(?=[=`])", document):
-        assert f'"{flag}"' in launch, flag
+        assert f'"{flag}"' in flags or f'"--{flag}"' in flags, flag
