@@ -101,8 +101,11 @@ def default_config() -> ml_collections.ConfigDict:
     # tree that are chosen by UCT; for environments that replay their past exactly. "none": all
     # rollouts are from the root
     c.rollouts.branching = "none"
-    # what all of them may cost: the "tokens" that per_task rollouts from the root would, going by
-    # the first ones; or per_task "rollouts", some of them short
+    # successes after which a task gets no more rollouts; what they would have cost goes to the
+    # others. 0: every task gets its rollouts
+    c.rollouts.stop_after = 0
+    # with either of these, what all rollouts may cost: the "tokens" that per_task rollouts from the
+    # root would, going by the first ones; or per_task "rollouts", some of them short
     c.rollouts.budget = "tokens"
     c.rollouts.root_rollouts = 4  # of each task, before its first tree
     c.rollouts.per_round = 2  # of each task, between two choices
@@ -275,6 +278,7 @@ _NOT_NEGATIVE = (
     "rollouts.top_k",
     "pretrain.seed",
     "rollouts.exploration_weight",
+    "rollouts.stop_after",
     "rollouts.max_start_depth",
     "search.exploration_weight",
     "targets.min_value_gap",
@@ -410,7 +414,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if any(not isinstance(text, str) or not text for text in config.rollouts.stop):
         problems.append(f"config.rollouts.stop is {config.rollouts.stop!r}; texts, none empty")
     c = config.rollouts
-    if c.branching != "none" and c.root_rollouts > c.per_task:
+    if (c.branching != "none" or c.stop_after) and c.root_rollouts > c.per_task:
         problems.append(
             f"config.rollouts.root_rollouts ({c.root_rollouts}) must be at most "
             f"config.rollouts.per_task ({c.per_task}), whose cost they are a part of"

@@ -216,6 +216,37 @@ def test_tasks_without_a_tree_begin_at_the_root():
     assert requests[0].prefix and not any(r.prefix for r in requests[2:])
 
 
+@pytest.mark.parametrize("budget", ["rollouts", "tokens"])
+def test_solved_tasks_get_no_more_rollouts_and_the_others_their_share(budget):
+    """All from the root; in the order of rounds, so nothing depends on what ends first."""
+    config = make_settings(branching="none", stop_after=2, budget=budget)
+    done = [act(EpisodeRequest(task, r)) for task in TASKS for r in range(3)]
+    is_last, rounds = False, 0
+    while not is_last:
+        wins = {task: sum(t.success for t in done if t.task_id == task) for task in TASKS}
+        requests, is_last = next_round(done, TASKS, config.rollouts, merge_on="action")
+        assert not any(request.prefix for request in requests)
+        assert all(wins[request.task_id] < 2 for request in requests)
+        numbers = [(r.task_id, r.rollout) for r in requests]
+        assert len(set(numbers)) == len(numbers)
+        assert not {(t.task_id, t.rollout) for t in done} & set(numbers)
+        done += [act(request) for request in requests]
+        rounds += 1
+        assert rounds < 40
+    counts = {task: sum(t.task_id == task for t in done) for task in TASKS}
+    stopped = [task for task in TASKS if sum(t.success for t in done if t.task_id == task) >= 2]
+    assert stopped and min(counts[task] for task in stopped) < 6
+    if budget == "rollouts":
+        assert max(counts.values()) <= 6
+        assert all(counts[task] == 6 for task in TASKS if task not in stopped)
+    else:
+        root = [t for t in done if t.rollout < 3]
+        assert sampled_tokens(done) <= 2 * sampled_tokens(root) * 1.2
+    everything = make_settings(branching="none", stop_after=1, budget=budget)
+    won = [t for t in done if t.success][:1]
+    assert next_round(won, [won[0].task_id], everything.rollouts, merge_on="action") == ([], True)
+
+
 # ---------------------------------------------------------------------------------- what is learned
 
 

@@ -1,4 +1,7 @@
-"""Rollouts in rounds: after the first, they go on from nodes of the trees of all rounds before.
+"""Rollouts in rounds: what is sampled next depends on what came before.
+
+With `rollouts.branching` later rollouts go on from nodes of the trees of all rounds before; with
+`rollouts.stop_after` tasks that have succeeded so often get no more, and the others their share.
 
 A round is a number of blocks like any (see `episodes`), made by all processes. The next one is a
 function of the episodes of all rounds before, which each process waits for and reads.
@@ -32,6 +35,11 @@ from w2sjax.types import Step, Trajectory
 
 _MOST = 4  # times per_task, rollouts of a task in all: short ones cost next to nothing
 _STEPS = 8  # trees are padded to multiples of this, and to powers of two of rollouts
+
+
+def in_rounds(settings: ml_collections.ConfigDict) -> bool:
+    """Whether config.rollouts asks for more than so many rollouts of each task, all at once."""
+    return settings.branching != "none" or settings.stop_after > 0
 
 
 def sample_rounds(
@@ -127,8 +135,8 @@ def next_round(
 ) -> tuple[list[EpisodeRequest], bool]:
     """What to sample after some rounds.
 
-    Every task gets `per_round` rollouts, as long as the budget lasts by what rollouts of the last
-    round cost; what is left then goes to the first tasks, and the round is the last one.
+    Every task that goes on gets `per_round` rollouts, as long as the budget lasts by what rollouts
+    of the last round cost; what is left then goes to the first tasks, and the round is the last.
 
     Args:
       done: all episodes so far, round by round.
@@ -140,10 +148,17 @@ def next_round(
       The requests, and whether there will be no more.
     """
     number = Counter(t.task_id for t in done)
-    limits = [_MOST * settings.per_task * len(tasks) - len(done)]
-    if settings.budget == "rollouts":
-        limits.append(settings.per_task * len(tasks) - len(done))
-    else:
+    successes = Counter(t.task_id for t in done if t.success)
+    most = settings.per_task * (1 if settings.budget == "rollouts" else _MOST)
+    tasks = [
+        task
+        for task in tasks
+        if number[task] < most and not 0 < settings.stop_after <= successes[task]
+    ]
+    if not tasks:
+        return [], True
+    limits = [sum(most - number[task] for task in tasks)]
+    if settings.budget == "tokens":
         latest = max(number.values())
         last = [t for t in done if t.rollout >= max(0, latest - settings.per_round)]
         root = [t for t in done if t.rollout < settings.root_rollouts]
@@ -151,11 +166,13 @@ def next_round(
         limits.append(left * len(last) // max(1, sampled_tokens(last)))
     wanted = settings.per_round * len(tasks)
     count = max(0, min(wanted, *limits))
-    prefixes = choose_prefixes(done, settings, merge_on=merge_on) if count else {}
+    prefixes = {}
+    if count and settings.branching != "none":
+        prefixes = choose_prefixes(done, settings, merge_on=merge_on)
     requests = []
     for place, task in enumerate(tasks):
         # Choice j of all tasks comes before choice j + 1 of any.
-        for j in range(-(-(count - place) // len(tasks))):
+        for j in range(min(-(-(count - place) // len(tasks)), most - number[task])):
             steps, first_observation = prefixes[task][j] if task in prefixes else ((), None)
             requests.append(EpisodeRequest(task, number[task] + j, steps, first_observation))
     return requests, count < wanted or count in limits

@@ -31,7 +31,7 @@ from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import forest as forests
 from w2sjax.pipeline.agents import Agent
 from w2sjax.pipeline.bases import make_agents
-from w2sjax.pipeline.branching import join_rounds, sample_rounds
+from w2sjax.pipeline.branching import in_rounds, join_rounds, sample_rounds
 from w2sjax.pipeline.episodes import (
     Episodes,
     given_episodes,
@@ -275,7 +275,7 @@ class _Run:
             return self.stages.run("rollouts", (), {}, make, facts={"episodes": digest})
         fields = ("env", "seed", "rollouts", "models.max_length", "tasks.train", "sampler")
         finish = join_episodes
-        if self.config.rollouts.branching != "none":
+        if in_rounds(self.config.rollouts):
             fields += ("trees",)
             finish = functools.partial(join_rounds, settings=self.config.rollouts)
         make = functools.partial(self._make_rollouts, weak)
@@ -312,7 +312,7 @@ class _Run:
                     first_block=first_block,
                 )
 
-            if c.rollouts.branching != "none":
+            if in_rounds(c.rollouts):
                 return sample_rounds(directory, tasks, sample, c, self.processes)
             requests = [EpisodeRequest(t, r) for t in tasks for r in range(c.rollouts.per_task)]
             return sample(requests, "weak rollouts")
@@ -321,7 +321,7 @@ class _Run:
         forest = forests.build_forest(read_episodes(rollouts), merge_on=self.config.trees.merge_on)
         forests.save_forest(directory / "trees.npz", forest)
         c = self.config
-        first = None if c.rollouts.branching == "none" else c.rollouts.root_rollouts
+        first = c.rollouts.root_rollouts if in_rounds(c.rollouts) else None
         return forests.room(forest, c.gate, root_rollouts=first)
 
     def _make_search(self, trees: Stage, directory: epath.Path) -> dict[str, Any]:
