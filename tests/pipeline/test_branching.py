@@ -308,7 +308,7 @@ def test_impossible_settings_are_named():
 # ------------------------------------------------------------------------------------- the main job
 
 
-def test_the_main_job_goes_on_inside_a_round_with_equal_rollouts(tmp_path, monkeypatch):
+def test_the_main_job_goes_on_inside_a_round(tmp_path, monkeypatch):
     path = Path(__file__).parents[2] / "configs" / "household.py"
     spec = importlib.util.spec_from_file_location("household_config", path)
     module = importlib.util.module_from_spec(spec)
