@@ -1,6 +1,7 @@
 """What does tree packing gain? Steps on whole tries against steps on single trajectories, and TRL.
 
     python benchmarks/packing.py [--quick] [--json FILE] [--episodes FILE]
+        [--sizes s,m] [--leaves 2,16]
 
 **Against this library's own unpacked batches** (`packing="none"`: a row per trajectory, attention
 without L × L scores, output layer on learned tokens alone): forward, backward, clip, AdamW in
@@ -406,23 +407,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="under a minute: few shapes, 5 M")
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--episodes", metavar="FILE", help="episodes.jsonl of a run: real trees")
+    parser.add_argument("--sizes", help="models, of s (5 M) and m (30 M), with commas between")
+    parser.add_argument("--leaves", help="leaves of the made-up trees, with commas between")
     arguments = parser.parse_args()
     quick, rounds = arguments.quick, 3 if arguments.quick else 5
     print(f"load {os.getloadavg()[0]:.1f} before the start", flush=True)
     data: dict[str, Any] = {"load_before": os.getloadavg()[0], "sizes": {}, "trl": {}}
     real = real_workloads(quick, arguments.episodes)
     on_gpu = jax.default_backend() == "gpu"
-    configs = {size: shape_config(size) for size in (("s",) if quick else ("s", "m"))}
+    sizes = arguments.sizes or ("s" if quick else "s,m")
+    configs = {size: shape_config(size) for size in sizes.split(",")}
     if on_gpu:
         configs = {"1b": dataclasses.replace(peers.GPU_SHAPES["1b"], remat="full")}
         data["kernel"] = gpu_kernel(rounds)
     for size, config in configs.items():
         print(f"{size}: {config.num_params / 1e6:.1f} M parameters", flush=True)
-        leaves = (4,) if quick else (2, 4, 8, 16, 32, 64)
+        leaves = map(int, (arguments.leaves or ("4" if quick else "2,4,8,16,32,64")).split(","))
         workloads = [
             made_up_tree([(1, 512), (count, 128)], config.vocab_size, kind)
-            for kind in ("sft", "dpo")
             for count in leaves
+            for kind in ("sft", "dpo")
         ]
         if not quick:
             deep = [(1, 1024), (3, 128), (3, 128), (3, 128)]

@@ -219,6 +219,18 @@ def test_workers_leave_ctrl_c_to_their_parent(pool):
     assert pids(pool) == before
 
 
+def test_a_worker_that_keeps_dying_is_started_after_growing_pauses(monkeypatch):
+    pauses = []
+    with faulty_pool(num_slots=1, num_workers=1) as pool:
+        monkeypatch.setattr("w2sjax.envs.pool.time.sleep", pauses.append)
+        for _ in range(4):
+            assert isinstance(pool.reset({0: "at reset: die"})[0], EnvFailure)
+        assert pauses == [0.2, 0.4, 0.8]
+        assert isinstance(pool.reset({0: "fine"})[0], Reset)
+        assert isinstance(pool.step({0: "die"})[0], EnvFailure)
+        assert pauses == [0.2, 0.4, 0.8] and pool.restarts == 5
+
+
 def test_too_many_restarts_are_an_error_and_leave_no_process():
     with faulty_pool(num_slots=2, max_restarts=0) as pool:
         pool.reset({0: "a", 1: "b"})

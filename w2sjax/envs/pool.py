@@ -22,6 +22,7 @@ from w2sjax.envs.worker import SlotEnvs, run_worker
 from w2sjax.types import Status
 
 _START_TIMEOUT_S = 180.0  # a process that imports its environment and makes the first one
+_BACK_OFF_S, _MOST_BACK_OFF_S = 0.2, 5.0  # before a worker that keeps dying is started again
 _CLOSE_TIMEOUT_S = 5.0  # to close environments in peace; after that processes are killed
 
 
@@ -141,7 +142,9 @@ class EnvPool:
         protection against crashes and hangs (exceptions are caught all the same).
       timeout_s: a worker that gives no answer for so long while one of its environments is at work
         is killed and started again.
-      max_restarts: how many such starts, of crashed workers too, there may be in the pool's life.
+      max_restarts: how many such starts, of crashed workers too, there may be in the pool's life. A
+        worker that dies again before it has answered anything is started after a pause, which
+        doubles each time up to 5 s.
 
     Attributes:
       restarts: how many workers were started again so far.
@@ -181,6 +184,7 @@ class EnvPool:
         self._workers: list[_Worker] = []
         self._local: SlotEnvs | None = None
         self._closed = False
+        self._deaths = [0] * num_workers  # of each worker, since it last answered
         self._owing: dict[int, str] = {}  # slot → the operation that `submit` asked for
         self._answers: list[tuple[int, Answer]] = []  # that `poll` has not returned
         self._call = 0  # counts calls, so that an interrupted `play` can tell
@@ -469,6 +473,7 @@ class EnvPool:
                     continue
                 worker.heard = time.monotonic()
                 if reply[0] != "beat":
+                    self._deaths[worker.index] = 0
                     replies.append((worker.pending.pop(serial), reply))
             elif (
                 time.monotonic() >= worker.heard + self._timeout_s
@@ -495,6 +500,10 @@ class EnvPool:
                 "the reason in the workers' error output, or allow more restarts or a longer "
                 "timeout_s"
             )
+        deaths = self._deaths[worker.index]
+        if deaths:  # once is an accident
+            time.sleep(min(_MOST_BACK_OFF_S, _BACK_OFF_S * 2 ** (deaths - 1)))
+        self._deaths[worker.index] += 1
         self._workers[worker.index] = _Worker(worker.index, self._name, self._options)
         return [(key, ("failure", message)) for key in worker.pending.values()]
 
