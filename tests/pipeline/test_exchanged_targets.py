@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 
+import datasets
 import jax
 import numpy as np
 import pytest
@@ -190,7 +191,6 @@ def test_targets_of_a_file_are_those_of_a_run_with_the_same_settings(
 
 
 def test_datasets_loads_what_is_exported(capsys, tmp_path, run):
-    datasets = pytest.importorskip("datasets", reason="installed with the extra test")
     message = {"role": datasets.Value("string"), "content": datasets.Value("string")}
     for kind, target in (("preferences", "tree_dpo"), ("messages", "tree_awr"), ("messages", None)):
         out = tmp_path / f"{kind}.{target}.jsonl"

@@ -323,7 +323,8 @@ class Run:
         return answers
 
     def _offer(self, slot: int, episode: _Episode, actions: Sequence[str] | EnvFailure) -> None:
-        """What may be done; asked for only where the agent chooses among it."""
+        """What may be done. Speaking freely asks for no actions; `choose` does, and says what to do
+        with them."""
         raise NotImplementedError
 
     def _begin(self, slot: int, episode: _Episode, reset: Reset | EnvFailure) -> None:

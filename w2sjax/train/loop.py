@@ -56,9 +56,8 @@ def fit(
 
     With checkpoints, SIGTERM or SIGINT ends a run in good order: the running update is finished and
     saved, and `TrainingInterrupted` raised. Several processes (`jax.distributed`) each make the
-    same call,
-    with a mesh over all devices and directories that all of them see; the state is written by all,
-    the metrics by process 0.
+    same call, with a mesh over all devices and directories that all of them see; the state is
+    written by all, the metrics by process 0.
 
     Args:
       state: the start, from `init_state`; consumed. Also says structure and shardings of what is
