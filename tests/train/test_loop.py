@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -15,6 +16,7 @@ import tiny_lm
 from w2sjax.checkpoints import TrainCheckpoints
 from w2sjax.losses import sft_loss
 from w2sjax.train import TrainingInterrupted, fit, init_state, make_train_step
+from w2sjax.train.termination import raise_lost_interrupt, remembered_interrupts
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,31 @@ def test_a_signal_finishes_the_update_saves_and_stops(signum, tmp_path, train_st
     assert tiny_lm.digest(result.state) == uninterrupted[1]
     wanted = (uninterrupted[0] / "metrics.jsonl").read_bytes()
     assert (tmp_path / "metrics.jsonl").read_bytes() == wanted
+
+
+def test_an_interrupt_lost_in_a_finalizer_stops_the_next_run(tmp_path, train_step, monkeypatch):
+    lost = []
+
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with remembered_interrupts():
+            monkeypatch.setattr(sys, "unraisablehook", lost.append)
+            Finalized()
+            assert lost[0].exc_type is KeyboardInterrupt
+            with pytest.raises(KeyboardInterrupt):
+                tiny_lm.run(tmp_path, train_step=train_step)
+            assert not (tmp_path / "metrics.jsonl").exists()
+            raise_lost_interrupt()  # told once
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)  # any other one is raised where it comes
+        raise_lost_interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_at_the_end_is_not_swallowed(tmp_path, train_step):

@@ -45,6 +45,7 @@ from w2sjax.pipeline.stages import Stages
 from w2sjax.pipeline.storage import in_bucket, load_arrays, read_json, save_arrays, write_json
 from w2sjax.pipeline.training import Training, to_pairs, to_sequences
 from w2sjax.sampling import EpisodeRequest, dump_trajectories
+from w2sjax.train.termination import remembered_interrupts
 from w2sjax.types import Trajectory
 
 # What a run reports as one sentence; the whole story goes to error.log in the workdir.
@@ -96,7 +97,10 @@ def run(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     try:
-        with contextlib.closing(Episodes(config, processes)) as episodes:
+        with (
+            remembered_interrupts(),
+            contextlib.closing(Episodes(config, processes)) as episodes,
+        ):
             return _Run(config, settings, workdir, cache, processes, episodes).all_stages()
     except USER_ERRORS as error:
         told = processes.told(error)

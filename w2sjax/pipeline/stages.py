@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from w2sjax import report
 from w2sjax.pipeline.manifests import Finish, Make, Stage, run_stage, stage_key
 from w2sjax.pipeline.processes import Processes
+from w2sjax.train.termination import raise_lost_interrupt
 
 
 class Stages:
@@ -68,6 +69,7 @@ class Stages:
 
         Raises:
           ValueError: its directory was made with other settings or inputs, or was changed.
+          KeyboardInterrupt: Ctrl-C, one too that got lost inside the stage.
         """
         for stage in self.done:
             if stage.name == name:
@@ -91,4 +93,5 @@ class Stages:
         state = "already there" if stage.skipped else f"{stage.seconds:.1f} s"
         report.CONSOLE.print(f"{name:<32} {state}", markup=False, highlight=False)
         self.done.append(stage)
+        raise_lost_interrupt()
         return stage

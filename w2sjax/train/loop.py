@@ -14,7 +14,7 @@ from w2sjax.checkpoints import TrainCheckpoints
 from w2sjax.train.metrics_file import MetricsFile
 from w2sjax.train.state import TrainState
 from w2sjax.train.step import TrainStep
-from w2sjax.train.termination import Termination, TrainingInterrupted
+from w2sjax.train.termination import Termination, TrainingInterrupted, raise_lost_interrupt
 
 # (updates made, updates in all, that update's metrics)
 OnStep = Callable[[int, int, dict[str, float]], None]
@@ -102,6 +102,7 @@ def fit(
     if best_metric is not None and checkpoint_dir is None:
         raise ValueError(f"best_metric {best_metric!r} chooses checkpoints: give checkpoint_dir.")
     with Termination(active=checkpoint_dir is not None) as termination:
+        raise_lost_interrupt()
         checkpoints, log = None, None
         try:
             if checkpoint_dir is not None:

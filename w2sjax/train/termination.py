@@ -2,14 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+
+
+_interrupted = False  # whether Ctrl-C came inside `remembered_interrupts`
+
+
+@contextlib.contextmanager
+def remembered_interrupts() -> Iterator[None]:
+    """Inside, `raise_lost_interrupt` raises any Ctrl-C that did not get through.
+
+    Python raises KeyboardInterrupt wherever the main thread happens to be. In a finalizer, in a
+    callback of the garbage collector (JAX has one) or below C++ that clears errors it is lost, and
+    a job that was told to stop would run for hours more. Where Python allows no handler (another
+    thread) or SIGINT is ignored or not Python's, nothing changes.
+    """
+    global _interrupted
+    previous = signal.getsignal(signal.SIGINT)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or not callable(previous):
+        yield
+        return
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        global _interrupted
+        _interrupted = True
+        previous(signum, frame)
+
+    _interrupted = False
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        _interrupted = False
+
+
+def raise_lost_interrupt() -> None:
+    """Call between two pieces of work inside `remembered_interrupts`.
+
+    Raises:
+      KeyboardInterrupt: one came before and was lost.
+    """
+    global _interrupted
+    if _interrupted and threading.current_thread() is threading.main_thread():
+        _interrupted = False
+        raise KeyboardInterrupt
 
 
 class TrainingInterrupted(Exception):
@@ -31,8 +78,7 @@ class Termination:
 
     A single process notes SIGTERM and SIGINT with a handler of its own, in the main thread alone
     (Python allows no other) and only inside the context; the previous handlers are back afterwards,
-    that of SIGINT as soon as one was noted, so that a second Ctrl-C ends at once. (Noting is also
-    the safe way: a KeyboardInterrupt raised inside a callback of the garbage collector is lost.)
+    that of SIGINT as soon as one was noted, so that a second Ctrl-C ends at once.
     With several processes the handler of `jax.distributed` notes SIGTERM, and all of them learn at
     the same step that one of them got it.
     """
