@@ -13,7 +13,6 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-
 _interrupted = False  # whether Ctrl-C came inside `remembered_interrupts`
 
 
