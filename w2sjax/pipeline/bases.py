@@ -113,12 +113,14 @@ def _pretrained(
             per_batch=c.trajectories,
             seed=c.seed,
             source="the stage transcripts",
+            packing="tree",  # whatever the config says: both ways start from the same models
         )
 
     fields = ("pretrain", f"models.{which}", "models.max_length", "models.param_dtype",
               "models.compute_dtype", "models.remat", "models.attention", "train.optimizer",
               "train.schedule", "train.warmup_steps", "train.weight_decay", "train.clip_norm",
-              "train.accumulate", "train.ema_decay", "mesh", "batches")  # fmt: skip
+              "train.accumulate", "train.ema_decay", "mesh", "batches.shapes",
+              "batches.round_to")  # fmt: skip
     inputs = {"transcripts": transcripts}
     name = f"pretrained_{which}"
     return stages.run(name, fields, inputs, make, shared=True, together=True)

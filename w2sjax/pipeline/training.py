@@ -54,13 +54,16 @@ class Training:
         per_batch: int,
         seed: int,
         source: str,
+        packing: str | None = None,
     ) -> dict[str, Any]:
-        """Maximum likelihood on weighted sequences; writes `params` and `metrics.jsonl`."""
+        """Maximum likelihood on weighted sequences; writes `params` and `metrics.jsonl`. `packing`
+        stands in for the config's."""
         _require(examples, title, source)
+        loading = self._loading(examples, steps, seed)
         loader = batches.sft_batches(
             examples.items,
             sequences_per_batch=self._rounded(per_batch),
-            **self._loading(examples, steps, seed),
+            **loading | {"packing": packing or loading["packing"]},
         )
         self._fit(
             directory, title, agent, policy, params, losses.sft_loss, loader, steps, learning_rate
