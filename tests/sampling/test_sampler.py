@@ -440,25 +440,36 @@ def test_waves_copy_only_what_is_there():
         assert sorted(seen) == sorted(prompts)
 
 
-def test_long_chunks_are_cut_and_groups_hold_everyone():
-    tokens = np.arange(layout.WIDTHS[-1] * 2 + 5)
+@pytest.mark.parametrize("size", [1, 16, 17, 65, 256, 300, 513, layout.WIDTHS[-1] * 20 + 5])
+def test_long_chunks_are_cut_into_pieces_with_little_padding(size):
+    tokens = np.arange(size)
     pieces = layout.cut(3, 10, tokens)
-    assert [piece.start for piece in pieces] == [
-        10,
-        10 + layout.WIDTHS[-1],
-        10 + 2 * layout.WIDTHS[-1],
-    ]
     assert np.concatenate([piece.tokens for piece in pieces]).tolist() == tokens.tolist()
-    assert [piece.last for piece in pieces] == [False, False, True]
+    assert [piece.start for piece in pieces] == [10 + int(piece.tokens[0]) for piece in pieces]
+    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert all(len(piece.tokens) in layout.WIDTHS for piece in pieces[:-1])
+    padded = sum(layout.width_of([piece]) for piece in pieces)
+    assert padded <= max(16, 2 * size) and (size < 200 or padded <= 1.1 * size)
+    assert len(pieces) <= 1 + 2 * len(layout.WIDTHS) + size // layout.WIDTHS[-1]
+
+
+def test_groups_hold_everyone_and_a_long_prompt_is_computed_alone():
     rng = np.random.default_rng(0)
-    for slots in (1, 8, 64):
+    for slots in (1, 3, 8, 64):
         some = [
             layout.Piece(int(slot), 0, np.zeros(int(rng.integers(1, 300))), True)
             for slot in rng.permutation(slots)[: 1 + slots // 2]
         ]
-        groups = list(layout.form_groups(some, slots))
-        assert sorted(p.slot for group in groups for p in group) == sorted(p.slot for p in some)
-        assert all(layout.width_of(group) >= len(p.tokens) for group in groups for p in group)
+        groups = layout.form_groups(some, slots)
+        members = [piece for _, group in groups for piece in group]
+        assert sorted(p.slot for p in members) == sorted(p.slot for p in some)
+        assert all(layout.width_of(group) >= len(p.tokens) for _, group in groups for p in group)
+        assert all(size == slots or len(group) <= size for size, group in groups)
+    prompt = layout.Piece(5, 0, np.zeros(256), True)
+    assert layout.form_groups([prompt], 64) == [(1, [prompt])]
+    assert [size for size, _ in layout.form_groups([prompt._replace(tokens=np.zeros(9))], 64)] == [
+        layout.group_size(64)
+    ]
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 4, 37])

@@ -478,14 +478,10 @@ class Sampler:
         self, params, cache: Any, turns: Turns, inputs: list[list[layout.Piece]], random
     ) -> tuple[Any, Turns]:
         """The cache with all pieces written, and the turns with their first tokens drawn."""
-        few = layout.group_size(self.num_slots)
-        grouped = few < self.num_slots
         for round_ in range(max(map(len, inputs), default=0)):
             pieces = [own[round_] for own in inputs if round_ < len(own)]
-            groups = layout.form_groups(pieces, self.num_slots) if grouped else [pieces]
-            for group in groups:
-                everyone = not grouped or len(group) > few
-                size = self.num_slots if everyone else few
+            for size, group in layout.form_groups(pieces, self.num_slots):
+                everyone = size == self.num_slots
                 slots = np.arange(size, dtype=np.int32)
                 slots = slots if everyone else np.full(size, self.num_slots, np.int32)
                 tokens = np.zeros((size, layout.width_of(group)), np.int32)

@@ -7,7 +7,7 @@ depends on none of it, beyond float rounding of the logits.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,8 @@ from w2sjax.types import Policy
 LEAST_SHARED = 16  # tokens of a common prefix from which copying pays
 WIDTHS = (16, 32, 128, 512)  # tokens that pieces are padded to; few, since each is a program
 _SMALLEST_GROUP = 4  # slots per call; an eighth of all slots where that is more
+_ALONE = 128  # from this width, a single piece is computed alone rather than in a group with gaps
+_CALL = 32  # what a call costs beside its tokens, in tokens
 
 
 class Copy(NamedTuple):
@@ -97,13 +99,24 @@ def _shared_with_all(prompt: np.ndarray, contexts: np.ndarray, valid: np.ndarray
 
 
 def cut(slot: int, start: int, tokens: np.ndarray) -> list[Piece]:
-    """A slot's input in pieces of at most the largest of `WIDTHS`."""
-    pieces = [
-        Piece(slot, start + first, tokens[first : first + WIDTHS[-1]], False)
-        for first in range(0, len(tokens), WIDTHS[-1])
-    ]
+    """A slot's input in pieces that fill one of `WIDTHS` each, or nearly."""
+    pieces, first = [], 0
+    while first < len(tokens):
+        left = len(tokens) - first
+        width = _cheapest(left)[1] if left < 2 * WIDTHS[-1] else WIDTHS[-1]
+        pieces.append(Piece(slot, start + first, tokens[first : first + width], False))
+        first += width
     pieces[-1] = pieces[-1]._replace(last=True)
     return pieces
+
+
+@functools.cache
+def _cheapest(length: int) -> tuple[int, int]:
+    """(what computing so many tokens costs, in tokens; width of the first piece)."""
+    if length <= 0:
+        return 0, 0
+    costs = [(_CALL + width + _cheapest(length - width)[0], width) for width in WIDTHS[::-1]]
+    return min(costs, key=lambda cost: cost[0])
 
 
 def group_size(num_slots: int) -> int:
@@ -117,16 +130,22 @@ def width_of(pieces: Sequence[Piece]) -> int:
     return next(width for width in WIDTHS if width >= longest)
 
 
-def form_groups(pieces: Sequence[Piece], num_slots: int) -> Iterator[list[Piece]]:
+def form_groups(pieces: Sequence[Piece], num_slots: int) -> list[tuple[int, list[Piece]]]:
     """Divides one piece each of some slots into calls, by length; or puts all into one call, where
-    that pads little more than calls of few slots each would."""
+    that pads little more than calls of few slots each would.
+
+    Returns:
+      Per call for how many slots it is made, all of them in order or so many as it has pieces or
+      more, and its pieces.
+    """
     ordered = sorted(pieces, key=lambda piece: (len(piece.tokens), piece.slot))
-    size = group_size(num_slots)
-    groups = [ordered[first : first + size] for first in range(0, len(ordered), size)]
-    apart = sum(size * width_of(group) for group in groups)
+    few = group_size(num_slots)
+    groups = [ordered[first : first + few] for first in range(0, len(ordered), few)]
+    sizes = [1 if len(own) == 1 and width_of(own) >= _ALONE else few for own in groups]
+    apart = sum(size * width_of(own) for size, own in zip(sizes, groups, strict=True))
     if num_slots * width_of(ordered) <= 1.25 * apart:
-        groups = [ordered]
-    yield from groups
+        return [(num_slots, ordered)]
+    return list(zip(sizes, groups, strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="policy", donate_argnames="cache")
