@@ -87,12 +87,12 @@ def sample_all(directory, config, processes=None, blocks_left=10**9):
     left, made = iter(range(blocks_left)), []
 
     def sample(requests, title, first_block=0):
-        def make(start, progress):
+        def make(wanted, on_done, progress):
             if next(left, None) is None:
                 raise CutOff
-            block = requests[start : start + config.sampler.block]
-            made.extend((r.task_id, r.rollout) for r in block)
-            return [act(request) for request in block]
+            for request in (requests[index] for index in wanted):
+                made.append((request.task_id, request.rollout))
+                on_done(act(request))
 
         share = episodes._in_blocks(
             directory, title, requests, config.sampler.block, make,
@@ -157,7 +157,7 @@ def test_cut_off_anywhere_they_go_on_to_the_same_end(whole, tmp_path, blocks):
     directory, config = epath.Path(tmp_path), make_settings()
     with pytest.raises(CutOff):
         sample_all(directory, config, blocks_left=blocks)
-    assert len(list(tmp_path.iterdir())) == blocks
+    assert len(list(tmp_path.glob("*.jsonl"))) == blocks
     kept = sum(len(read_trajectories(path)) for path in tmp_path.iterdir())
     share, made = sample_all(directory, config)
     facts = join_rounds(directory, [share], settings=config.rollouts)

@@ -40,32 +40,37 @@ STARTS = (0, 3, 6)
 class Maker:
     """Makes episodes that say in which call they were made, the last one first."""
 
-    def __init__(self, fail_at=None):
-        self.starts = []
-        self.fail_at = fail_at
+    def __init__(self, fail_at=None, left=-1):
+        self.starts, self.made = [], []
+        self.fail_at, self.left = fail_at, left  # cut off before a call, or after so many episodes
 
-    def __call__(self, start, progress):
-        if start == self.fail_at:
+    def __call__(self, wanted, on_done, progress):
+        if wanted[0] == self.fail_at:
             raise ConnectionError("cut off")
-        self.starts.append(start)
-        block = zip(TASKS[start : start + BLOCK], NUMBERS[start : start + BLOCK], strict=True)
+        self.starts.append(wanted[0])
+        self.made += wanted
+        start = wanted[0] // BLOCK * BLOCK
         made = [
             Trajectory(
-                task_id=task,
-                rollout=number,
+                task_id=TASKS[index],
+                rollout=NUMBERS[index],
                 env="e",
                 policy="p",
                 seed=start,
                 instruction="",
-                first_observation=f"{task}, {number}",
+                first_observation=f"{TASKS[index]}, {NUMBERS[index]}",
                 steps=(Step("Action: x", "x", "seen"),),
                 status=Status.FAILED,
                 score=0.0,
             )
-            for task, number in block
+            for index in wanted
         ]
+        for episode in made[::-1]:
+            if self.left == 0:
+                raise ConnectionError("cut off")
+            self.left -= 1
+            on_done(episode)
         progress(len(made), "")
-        return made[::-1]
 
 
 def process(index, count, check=lambda: None):
@@ -149,6 +154,33 @@ def test_a_block_that_breaks_costs_only_itself(uninterrupted, tmp_path):
     make = Maker()
     by_all(tmp_path, make)
     assert make.starts == [3, 6] and (tmp_path / EPISODES).read_bytes() == uninterrupted[0]
+
+
+@pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.parametrize("left", range(8))
+def test_no_episode_on_disk_is_made_again(uninterrupted, tmp_path, left, torn):
+    with pytest.raises(ConnectionError):
+        in_blocks(tmp_path, Maker(left=left))
+    (log,) = tmp_path.glob("*.unfinished")
+    assert log.read_bytes().count(b"\n") == left % BLOCK
+    lost = 0
+    if torn and left % BLOCK:
+        log.write_bytes(log.read_bytes()[:-9])
+        lost = 1
+    make = Maker()
+    by_all(tmp_path, make, 2)
+    assert len(make.made) == len(set(make.made)) == len(TASKS) - left + lost
+    assert (tmp_path / EPISODES).read_bytes() == uninterrupted[0]
+    assert [path.name for path in tmp_path.iterdir()] == [EPISODES]
+
+
+def test_an_episode_that_cannot_be_read_back_is_named(tmp_path):
+    with pytest.raises(ConnectionError):
+        in_blocks(tmp_path, Maker(left=5))
+    (log,) = tmp_path.glob("*.unfinished")
+    log.write_bytes(b"{}\n" + log.read_bytes())
+    with pytest.raises(ValueError, match=r"episodes.000001.unfinished:1: .*or delete the file"):
+        in_blocks(tmp_path, Maker())
 
 
 @pytest.mark.parametrize("blocks_left", range(4))

@@ -4,6 +4,8 @@ A stage is made in blocks of requests, each a file that appears whole. Of severa
 makes its own blocks (block b is that of process b mod n) in its own environments and on its own
 devices; at the end the first process joins all blocks into one file. So the episodes do not depend
 on how many processes there are, and a stage that was cut off goes on with however many there are.
+Each episode of the block under way is written down as it ends, and not made again either (in a
+bucket, where nothing can be appended to a file, such a block is repeated).
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ from w2sjax.chat import ChatTemplate
 from w2sjax.envs import EnvPool, PlayRequest
 from w2sjax.pipeline.manifests import Stage
 from w2sjax.pipeline.processes import Processes
-from w2sjax.pipeline.storage import entries, write_whole
+from w2sjax.pipeline.storage import entries, in_bucket, write_whole
 from w2sjax.sampling import (
     CollectStats,
     EpisodeRequest,
     Sampler,
     SamplerSettings,
     TrajectoryFileError,
+    TrajectoryWriter,
     collect,
     collect_choosing,
     dump_trajectories,
@@ -43,9 +46,13 @@ from w2sjax.sampling import (
 )
 from w2sjax.types import Policy, Trajectory
 
+_OnDone = Callable[[Trajectory], None]
+_Progress = Callable[[int, str], None]  # (episodes so far, a note)
+
 EPISODES = "episodes.jsonl"
 _BLOCK = "episodes.{:06d}.jsonl"  # what it is joined from
 _BLOCKS = "episodes.*.jsonl"
+_UNFINISHED = ".unfinished"  # of a block under way, its episodes as they ended
 _PLAYED_BLOCK = 32  # episodes of an environment's own players per block; they depend on no other
 
 
@@ -104,7 +111,7 @@ def join_episodes(
             write_whole(joined, b"".join(block.read_bytes() for block in blocks))
     facts = episode_facts(read_trajectories(joined))
     for path in entries(directory):
-        if path.match(_BLOCKS):
+        if path.match(_BLOCKS) or path.suffix == _UNFINISHED:
             path.unlink(missing_ok=True)
     if "sampling" in shares[0]:
         facts["sampling"] = _sampling_facts([share["sampling"] for share in shares])
@@ -195,18 +202,16 @@ class Episodes:
         """
         numbers = _rollout_numbers(requests)
 
-        def play_block(start: int, progress: Callable[[int, str], None]) -> list[Trajectory]:
+        def play_block(wanted: Sequence[int], on_done: _OnDone, progress: _Progress) -> None:
             episodes = play_episodes(
                 pool,
-                requests[start : start + _PLAYED_BLOCK],
+                [requests[index] for index in wanted],
                 env_name=self.config.env.name,
                 policy_name=policy_name,
                 progress=lambda count, _: progress(count, ""),
             )
-            return [
-                dataclasses.replace(episode, rollout=number)
-                for episode, number in zip(episodes, numbers[start:], strict=False)
-            ]
+            for index, episode in zip(wanted, episodes, strict=True):
+                on_done(dataclasses.replace(episode, rollout=numbers[index]))
 
         title = f"episodes, {policy_name}"
         return self._in_blocks(directory, title, requests, _PLAYED_BLOCK, play_block)
@@ -229,9 +234,9 @@ class Episodes:
         """Lets a model act, in this process's blocks of requests; `draws` are the temperature and
         the filters of `SamplerSettings`.
 
-        A block is sampled whole: which episodes run side by side decides the last bits of the
-        logits, so an interrupted run repeats the block that it was cut in, and ends with the same
-        episodes as one that was not.
+        An episode does not depend on those beside it, up to the last bits of its logits: a run that
+        was interrupted samples what is missing, and ends with the same episodes as one that was not
+        (on CPU in float32, about one token in a million falls otherwise).
 
         Args:
           directory: of the stage.
@@ -266,25 +271,23 @@ class Episodes:
             play = functools.partial(collect_choosing, score=self._action_scores(policy))
         total = CollectStats()
 
-        def sample_block(start: int, progress: Callable[[int, str], None]) -> list[Trajectory]:
-            episodes: list[Trajectory] = []
+        def sample_block(wanted: Sequence[int], on_done: _OnDone, progress: _Progress) -> None:
             with jax.set_mesh(self._mesh()):  # slots are split over it, as rows are in training
                 stats = play(
                     self._samplers[key],
                     params,
                     template,
                     pool,
-                    requests[start : start + c.sampler.block],
+                    [requests[index] for index in wanted],
                     env_name=c.env.name,
                     policy_name=policy_name,
                     seed=seed,
-                    on_done=episodes.append,
+                    on_done=on_done,
                     progress=lambda count, _, stats: progress(count, _share_text(stats)),
                     # Environments of this process answer at once: there is nothing to wait for.
                     patience=None if c.env.workers else c.sampler.slots,
                 )
             _add_stats(total, stats)
-            return episodes
 
         share = self._in_blocks(
             directory,
@@ -336,7 +339,7 @@ class Episodes:
         title: str,
         requests: Sequence,
         size: int,
-        make: Callable[[int, Callable[[int, str], None]], list[Trajectory]],
+        make: Callable[[Sequence[int], _OnDone, _Progress], None],
         *,
         numbers: Sequence[int] | None = None,
         first_block: int = 0,
@@ -348,7 +351,8 @@ class Episodes:
           title: of the progress bar.
           requests: all that is asked for.
           size: requests per block.
-          make: (index of a block's first request, progress) → the block's episodes, in any order.
+          make: (indices of requests of one block, on_done, progress) → None; it tells of each
+            episode as it ends, in any order.
           numbers: which rollout of its task each request is; several of one `task_id` are its
             rollouts in their order where None.
           first_block: number of the first block.
@@ -359,7 +363,6 @@ class Episodes:
         processes = self._processes
         numbers = _rollout_numbers(requests) if numbers is None else numbers
         ids = [(r.task_id, n) for r, n in zip(requests, numbers, strict=True)]
-        order = {episode: index for index, episode in enumerate(ids)}
         starts = range(0, len(requests), size)
         share = {"blocks": len(starts), "joined": _ids(_read(directory / EPISODES)) == ids}
         if share["joined"] or not ids:
@@ -377,13 +380,62 @@ class Episodes:
                 wanted = ids[start : start + size]
                 if _ids(_read(path)) != wanted:
                     processes.check()
-                    episodes = make(
-                        start, lambda count, note, done=done: update(done + count, note)
-                    )
-                    episodes.sort(key=lambda t: order[t.task_id, t.rollout])
-                    write_whole(path, dump_trajectories(episodes))
+                    with _UnfinishedBlock(path, wanted) as block:
+                        left = [start + i for i, id_ in enumerate(wanted) if id_ not in block.have]
+                        there = done + len(wanted) - len(left)
+                        if left:
+                            make(
+                                left,
+                                block.add,
+                                lambda n, note, there=there: update(there + n, note),
+                            )
+                        block.finish()
                 done += len(wanted)
         return share
+
+
+class _UnfinishedBlock:
+    """The episodes of a block under way: kept in memory and, but for buckets, on disk.
+
+    Attributes:
+      have: those that are there, of a run that was cut off too.
+    """
+
+    def __init__(self, path: epath.Path, wanted: Sequence[tuple[str, int]]):
+        self.have: dict[tuple[str, int], Trajectory] = {}
+        self._path, self._wanted, self._writer = path, wanted, None
+        if in_bucket(path):
+            return
+        log = path.with_suffix(_UNFINISHED)
+        self._writer = TrajectoryWriter(log)  # cuts a torn line off
+        try:
+            found = read_trajectories(log)
+        except TrajectoryFileError as error:
+            self._writer.close()
+            raise ValueError(
+                f"{error}; or delete the file: its episodes are then sampled anew"
+            ) from error
+        self.have = {key: t for key, t in zip(_ids(found), found, strict=True) if key in wanted}
+
+    def add(self, episode: Trajectory) -> None:
+        """Keeps an episode that ended."""
+        if self._writer is not None:
+            self._writer.write(episode)
+        self.have[episode.task_id, episode.rollout] = episode
+
+    def finish(self) -> None:
+        """Writes the block, in the order of its requests, and deletes what was written down."""
+        write_whole(self._path, dump_trajectories(self.have[key] for key in self._wanted))
+        if self._writer is not None:
+            self._writer.close()
+            self._writer.path.unlink()
+
+    def __enter__(self) -> _UnfinishedBlock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
 
 
 def sampled_tokens(episodes: Sequence[Trajectory]) -> int:
