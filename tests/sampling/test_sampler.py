@@ -284,8 +284,8 @@ def test_draws_follow_temperature_and_filters():
 def test_the_token_at_step_j_is_drawn_from_the_key_folded_with_j():
     uniforms = draw_lib.uniforms(_keys(4, 5), count=3)
     for slot, step in np.ndindex(2, 3):
-        expected = jax.random.uniform(jax.random.fold_in(_keys(4, 5)[slot], step))
-        assert uniforms[slot, step] == expected
+        expected = jax.random.uniform(jax.random.fold_in(_keys(4, 5)[slot], step), (4,))
+        assert uniforms[slot, step].tolist() == expected.tolist()
 
 
 def _start(sampler, state, slots, length=4, seed=0):
@@ -472,20 +472,45 @@ def test_groups_hold_everyone_and_a_long_prompt_is_computed_alone():
     ]
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 4, 37])
-def test_inversion_is_the_cumulative_distribution(vocab):
+@pytest.mark.parametrize("vocab", [1, 2, 4, 37, 300])
+def test_inversion_is_the_cumulative_distribution_of_each_level(vocab):
     rng = np.random.default_rng(vocab)
     probs = rng.dirichlet(np.full(vocab, 0.3), 64).astype(np.float32)
     probs[:, rng.integers(vocab)] *= vocab == 1
-    uniform = rng.random(64, np.float32)
-    uniform[:2] = 0.0, np.nextafter(np.float32(1), np.float32(0))
+    uniform = rng.random((64, 4), np.float32)
+    uniform[:2] = [[0.0], [np.nextafter(np.float32(1), np.float32(0))]]
     drawn = np.asarray(jax.jit(draw_lib.invert)(probs, uniform))
-    sums = np.cumsum(probs, axis=1, dtype=np.float64)
-    target = uniform * sums[:, -1]
+    size = int(np.ceil(vocab**0.25 - 1e-9))
+    leaves = np.pad(probs.astype(np.float64), ((0, 0), (0, size**4 - vocab)))
     for row, token in enumerate(drawn):
         assert probs[row, token] > 0
-        assert sums[row, token] >= target[row] - 1e-6
-        assert sums[row, token] - probs[row, token] <= target[row] + 1e-6
+        block = leaves[row].reshape([size] * 4)
+        for number, digit in zip(uniform[row], np.unravel_index(token, [size] * 4), strict=True):
+            sums = block.reshape(size, -1).sum(axis=1).cumsum() / block.sum()
+            assert sums[digit] >= number - 1e-6
+            assert digit == 0 or sums[digit - 1] <= number + 1e-6
+            block = block[digit]
+
+
+def test_draws_follow_the_probabilities_and_hardly_depend_on_rounding():
+    """Logits of another order of summation differ by about 1e-6 of their size."""
+    rng = np.random.default_rng(0)
+    vocab, count = 1000, 20_000
+    logits = 4 * rng.normal(size=vocab)
+    keys = jax.random.split(jax.random.key(0), count)
+    uniform = draw_lib.uniforms(keys, count=1)[:, 0]
+
+    def drawn(logits):
+        probs = jnp.exp(jnp.asarray(logits - logits.max(), jnp.float32))
+        return np.asarray(jax.jit(draw_lib.invert)(jnp.tile(probs, (count, 1)), uniform))
+
+    tokens = drawn(logits)
+    probs = np.exp(logits) / np.exp(logits).sum()
+    often = probs > 0.002
+    shares = np.bincount(tokens, minlength=vocab)[often] / count
+    np.testing.assert_allclose(shares, probs[often], atol=4 * np.sqrt(probs[often].max() / count))
+    moved = drawn(logits + 1e-6 * np.abs(logits).max() * rng.normal(size=vocab))
+    assert (moved != tokens).sum() <= 2
 
 
 def test_nucleus_is_the_smallest_sufficient_set():

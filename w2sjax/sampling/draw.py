@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,16 +20,20 @@ class Filters(NamedTuple):
     min_p: chex.Numeric  # float32, least probability, as a share of the highest; 0 leaves all
 
 
+LEVELS = 4  # random numbers per token; see `invert`
+
+
 @functools.partial(jax.jit, static_argnames="count")
 def uniforms(keys: chex.PRNGKey, *, count: int) -> chex.Array:
-    """The random numbers of a turn: float32 [S, count], number j from `fold_in(key, j)`.
+    """The random numbers of a turn: float32 [S, count, LEVELS], those of token j from
+    `fold_in(key, j)`.
 
     On their own, so that they are compiled once for all policies and cache lengths.
     """
     step_keys = jax.vmap(
         lambda key: jax.vmap(lambda step: jax.random.fold_in(key, step))(jnp.arange(count))
     )(keys)
-    return jax.vmap(jax.vmap(jax.random.uniform))(step_keys)
+    return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (LEVELS,))))(step_keys)
 
 
 def draw(
@@ -39,11 +42,11 @@ def draw(
     """Draws one token per row.
 
     Filters are applied one after the other, each on what the one before it left, as transformers
-    and vLLM do. One random number per row decides (the Gumbel trick would need V of them).
+    and vLLM do. A few random numbers per row decide (the Gumbel trick would need V of them).
 
     Args:
       logits: float32 [S, V].
-      uniform: float32 [S], in [0, 1).
+      uniform: float32 [S, LEVELS], in [0, 1).
       filters: which tokens may be drawn.
 
     Returns:
@@ -60,7 +63,7 @@ def draw(
         )
         for wanted, keep in steps:
             probs = jax.lax.cond(wanted, keep, lambda probs: probs, probs)
-        return invert(probs, uniform).astype(jnp.int32)
+        return invert(probs, uniform)
 
     def take_best() -> chex.Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -108,42 +111,47 @@ def _keep(probs: chex.Array, enough: Callable[[chex.Array], chex.Array]) -> chex
 
 
 def invert(probs: chex.Array, uniform: chex.Array) -> chex.Array:
-    """Draws by inversion: the token at which the cumulative distribution passes `uniform`.
+    """Draws by inversion, level by level: a block of tokens, a block in that, …, a token.
 
-    The vocabulary is cut into about sqrt(V) blocks: first the block is found, then the token in it.
+    At each level the choice is where the cumulative distribution of its few candidates passes the
+    level's own random number. So a draw hardly depends on rounding: it changes where one of those
+    numbers lies at one of D · V^(1/D) boundaries, rather than one number at one of V.
 
     Args:
       probs: float32 [S, V], not negative; need not be normalised.
-      uniform: float32 [S], in [0, 1).
+      uniform: float32 [S, D], in [0, 1).
 
     Returns:
       int32 [S].
     """
     slots, vocab = probs.shape
-    size = math.isqrt(vocab - 1) + 1
-    blocks = jnp.pad(probs, ((0, 0), (0, -vocab % size))).reshape(slots, -1, size)
-    sums = blocks.sum(axis=-1)
-    target = uniform * sums.sum(axis=-1)
-    block, before = _first_hit(sums, target)
-    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    offset, _ = _first_hit(chosen, target - before)
-    return block * size + offset
+    levels = uniform.shape[1]
+    size = next(size for size in range(1, vocab + 1) if size**levels >= vocab)
+    leaves = jnp.pad(probs, ((0, 0), (0, size**levels - vocab)))
+    tree = [leaves.reshape(slots, -1, size)]  # [S, blocks, candidates in each], leaves first
+    while len(tree) < levels:
+        tree.append(tree[-1].sum(axis=-1).reshape(slots, -1, size))
+    index = jnp.zeros(slots, jnp.int32)
+    for level, weights in enumerate(reversed(tree)):
+        candidates = jnp.take_along_axis(weights, index[:, None, None], axis=1)[:, 0]
+        index = index * size + _first_hit(candidates, uniform[:, level])
+    return index
 
 
-def _first_hit(weights: chex.Array, target: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """Where the running sum of the weights first exceeds the target.
+def _first_hit(weights: chex.Array, uniform: chex.Array) -> chex.Array:
+    """Where the running sum of the weights first exceeds that share of their whole sum.
 
     Args:
       weights: float32 [S, n], not negative.
-      target: float32 [S].
+      uniform: float32 [S], in [0, 1).
 
     Returns:
-      index int32 [S], always of a positive weight if there is one; the sum before it, float32 [S].
+      int32 [S], always of a positive weight if there is one.
     """
-    index = jnp.arange(weights.shape[1])
-    earlier = index[None, :] < index[:, None]
-    before = jnp.where(earlier, weights[:, None, :], 0.0).sum(axis=-1)  # [S, n]
-    hit = (before + weights > target[:, None]) & (weights > 0.0)
-    # Rounding may put the target an ulp past the last sum: then the largest weight stands in.
-    first = jnp.where(hit.any(axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(weights, axis=-1))
-    return first, jnp.take_along_axis(before, first[:, None], axis=1)[:, 0]
+    index = jnp.arange(weights.shape[1], dtype=jnp.int32)
+    until = index[None, :] <= index[:, None]
+    sums = jnp.where(until, weights[:, None, :], 0.0).sum(axis=-1)  # [S, n]
+    hit = (sums > (uniform * sums[:, -1])[:, None]) & (weights > 0.0)
+    # Rounding may put the target at the last sum: then the largest weight stands in.
+    chosen = jnp.where(hit.any(axis=-1), jnp.argmax(hit, axis=-1), jnp.argmax(weights, axis=-1))
+    return chosen.astype(jnp.int32)

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from w2sjax.sampling import slots as layout
-from w2sjax.sampling.draw import Filters, draw, uniforms
+from w2sjax.sampling.draw import LEVELS, Filters, draw, uniforms
 from w2sjax.types import Policy
 
 _MIN_CACHE_LENGTH = 256  # caches grow from here in steps, so that few shapes are compiled
@@ -116,7 +116,7 @@ class SlotState:
 
     cache: Any  # the policy's cache, on the device
     turns: Turns  # numpy arrays
-    uniforms: np.ndarray  # float32 [S, max_new_tokens], what tokens are drawn with
+    uniforms: np.ndarray  # float32 [S, max_new_tokens, LEVELS], what tokens are drawn with
     contexts: np.ndarray  # int32 [S, max_length], tokens of each slot's context
     told: np.ndarray  # bool [S], `decode` has returned the slot's last answer
     cache_length: int  # positions that `cache` holds at present
@@ -258,7 +258,7 @@ def _decode(
             turns.length - 1,
             jnp.where(turns.going, 0, -1),
         )
-        place = jnp.minimum(turns.count, last_one)[:, None]
+        place = jnp.minimum(turns.count, last_one)[:, None, None]
         drawn, logps = draw(logits, jnp.take_along_axis(random, place, axis=1)[:, 0], filters)
         busy = busy + turns.going.sum()
         turns = _advance(turns, drawn, logps, turns.going, settings=settings)
@@ -317,7 +317,7 @@ class Sampler:
                 truncated=np.zeros(count, bool),
                 full=np.zeros(count, bool),
             ),
-            uniforms=np.zeros(answer, np.float32),
+            uniforms=np.zeros((*answer, LEVELS), np.float32),
             contexts=np.zeros((count, self.settings.max_length), np.int32),
             told=np.ones(count, bool),
             cache_length=cache_length,
@@ -355,7 +355,7 @@ class Sampler:
         pending = np.where(reset, -1, state.turns.pending).astype(np.int32)
         fits = fed & (length + chunk_length < self.settings.max_length)
         random = np.asarray(uniforms(keys, count=self.settings.max_new_tokens))
-        random = np.where(fed[:, None], random, state.uniforms)
+        random = np.where(fed[:, None, None], random, state.uniforms)
         turns = Turns(
             length=(length + np.where(fits, chunk_length, 0)).astype(np.int32),
             pending=pending,
