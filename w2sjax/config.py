@@ -117,7 +117,7 @@ def default_config() -> ml_collections.ConfigDict:
     # "free": the model writes what it likes; "admissible": it chooses among the actions that the
     # environment admits, by their log-probability. In evaluation too.
     c.sampler.actions = "free"
-    # episodes sampled as one block; a resumed run repeats the block it was cut in
+    # episodes per file while a stage is made, and the share that a process takes at a time
     c.sampler.block = 1024
 
     c.trees = ml_collections.ConfigDict()
