@@ -1,7 +1,7 @@
 """What does tree packing gain? Steps on whole tries against steps on single trajectories, and TRL.
 
     python benchmarks/packing.py [--quick] [--json FILE] [--episodes FILE]
-        [--sizes s,m] [--leaves 2,16]
+        [--sizes s,m] [--leaves 2,16] [--parts leaves,deep,real,trl]
 
 **Against this library's own unpacked batches** (`packing="none"`: a row per trajectory, attention
 without L × L scores, output layer on learned tokens alone): forward, backward, clip, AdamW in
@@ -47,6 +47,7 @@ from w2sjax import batches, losses, models, train
 from w2sjax.batches import PairSequences
 from w2sjax.types import PackedBatch
 
+PARTS = ("leaves", "deep", "real", "trl")
 _MEASURE_S = 60.0  # of a workload, at most, but for two rounds
 _TURN = 16  # tokens of a turn in made-up trajectories; every second one is the agent's
 
@@ -409,11 +410,15 @@ def main() -> None:
     parser.add_argument("--episodes", metavar="FILE", help="episodes.jsonl of a run: real trees")
     parser.add_argument("--sizes", help="models, of s (5 M) and m (30 M), with commas between")
     parser.add_argument("--leaves", help="leaves of the made-up trees, with commas between")
+    parser.add_argument("--parts", help="of leaves, deep, real and trl, with commas between")
     arguments = parser.parse_args()
     quick, rounds = arguments.quick, 3 if arguments.quick else 5
+    parts = (arguments.parts or ("leaves,real,trl" if quick else ",".join(PARTS))).split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: {min(unknown)!r} is none of {', '.join(PARTS)}")
     print(f"load {os.getloadavg()[0]:.1f} before the start", flush=True)
     data: dict[str, Any] = {"load_before": os.getloadavg()[0], "sizes": {}, "trl": {}}
-    real = real_workloads(quick, arguments.episodes)
+    real = real_workloads(quick, arguments.episodes) if "real" in parts else []
     on_gpu = jax.default_backend() == "gpu"
     sizes = arguments.sizes or ("s" if quick else "s,m")
     configs = {size: shape_config(size) for size in sizes.split(",")}
@@ -423,30 +428,34 @@ def main() -> None:
     for size, config in configs.items():
         print(f"{size}: {config.num_params / 1e6:.1f} M parameters", flush=True)
         leaves = map(int, (arguments.leaves or ("4" if quick else "2,4,8,16,32,64")).split(","))
+        trees = []
+        if "leaves" in parts:
+            trees += [[(1, 512), (count, 128)] for count in leaves]
+        if "deep" in parts:
+            trees += [[(1, 1024), (3, 128), (3, 128), (3, 128)]]
         workloads = [
-            made_up_tree([(1, 512), (count, 128)], config.vocab_size, kind)
-            for count in leaves
+            made_up_tree(levels, config.vocab_size, kind)
+            for levels in trees
             for kind in ("sft", "dpo")
-        ]
-        if not quick:
-            deep = [(1, 1024), (3, 128), (3, 128), (3, 128)]
-            workloads += [made_up_tree(deep, config.vocab_size, kind) for kind in ("sft", "dpo")]
-        workloads += real
+        ] + real
         data["sizes"][size] = [measure(config, workload, rounds) for workload in workloads]
-        if not on_gpu:
+        if "trl" in parts and not on_gpu:
             data["trl"][size] = against_trl(size, leaves=16, rounds=2 if quick else rounds)
-    data["host_tokens_per_s"] = host_rate(real)
-    print(f"laying out: {data['host_tokens_per_s'] / 1e6:.1f} M tokens/s", flush=True)
+    if real:
+        data["host_tokens_per_s"] = host_rate(real)
+        print(f"laying out: {data['host_tokens_per_s'] / 1e6:.1f} M tokens/s", flush=True)
     rows = [row for table in data["sizes"].values() for row in table]
     titles = {workload.title for workload in real}
     data["ratios"] = {
-        "packed_over_ideal_min": min(row["over_ideal"] for row in rows),
-        "packed_over_possible_min": min(row["over_possible"] for row in rows),
+        "packed_over_ideal_min": min((row["over_ideal"] for row in rows), default=None),
+        "packed_over_possible_min": min((row["over_possible"] for row in rows), default=None),
         **{
             "packed_vs_trl_16" + (f"_{size}" if size != "s" else ""): row and row["ratio"]
             for size, row in data["trl"].items()
         },
-        "packed_vs_unpacked_real": max(row["measured"] for row in rows if row["title"] in titles),
+        "packed_vs_unpacked_real": max(
+            (row["measured"] for row in rows if row["title"] in titles), default=None
+        ),
     }
     print(json.dumps(data["ratios"]), flush=True)
     if arguments.json:
