@@ -116,16 +116,25 @@ def test_the_table_command_prints_the_same_numbers(finished, environment):
         assert f"{row['modes']['greedy']['reward']['mean']:.3f} [" in result.stdout
 
 
+def lines(path):
+    """How many lines a file has; −1 where nothing is."""
+    if path.is_dir():
+        return 0
+    return path.read_bytes().count(b"\n") if path.exists() else -1
+
+
 def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_numbers(
     finished, environment, tmp_path
 ):
     """kill −9 at three moments and Ctrl-C at one, spread over the run; then the same command."""
     workdir = tmp_path / "run"
     command = [sys.executable, "launch.py", CONFIG, f"--workdir={workdir}"]
-    waits = [("rollouts.partial", signal.SIGKILL), ("train/tree_awr.partial", signal.SIGKILL)]
-    waits += [("train/dpo.partial", signal.SIGINT)]
-    waits += [("evaluate/weak.greedy.partial", signal.SIGKILL)]
-    for marker, how in waits:
+    episodes = workdir / "rollouts.partial" / "episodes.000000.unfinished"
+    moments = [(episodes, 5, signal.SIGKILL)]
+    moments += [(workdir / "train/tree_awr.partial", 0, signal.SIGKILL)]
+    moments += [(workdir / "train/dpo.partial", 0, signal.SIGINT)]
+    moments += [(workdir / "evaluate/weak.greedy.partial", 0, signal.SIGKILL)]
+    for path, count, how in moments:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -136,20 +145,27 @@ def test_killed_at_any_moment_it_goes_on_and_ends_with_the_same_numbers(
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 300
-        while not (workdir / marker).exists():
+        while lines(path) < count:
             assert process.poll() is None, process.stdout.read().decode()
-            assert time.monotonic() < deadline, f"{marker} did not appear"
-            time.sleep(0.02)
+            assert time.monotonic() < deadline, f"{path} did not get so far"
+            time.sleep(0.01)
         process.send_signal(how)
         printed = process.communicate(timeout=120)[0].decode()
-        assert process.returncode != 0, f"{marker}: {printed[-4000:]}"
+        assert process.returncode != 0, f"{path}: {printed[-4000:]}"
+        if path == episodes:
+            kept = episodes.read_bytes().split(b"\n")[:-1]
         assert not (workdir / "report.json").exists()
     result = launch(environment, workdir)
     assert result.returncode == 0, result.stdout + result.stderr
     assert methods(workdir) == methods(finished[0])
+    assert set(kept) <= set((workdir / "rollouts" / "episodes.jsonl").read_bytes().split(b"\n"))
     for name in ("rollouts", "evaluate/mcts.greedy"):
-        whole = (finished[0] / name / "episodes.jsonl").read_bytes()
-        assert (workdir / name / "episodes.jsonl").read_bytes() == whole
+        played = [
+            [(t.task_id, t.rollout, t.status, [step.answer for step in t.steps]) for t in some]
+            for run in (workdir, finished[0])
+            if (some := read_trajectories(run / name / "episodes.jsonl"))
+        ]
+        assert played[0] == played[1]
 
 
 def test_a_workdir_of_another_config_is_refused_with_the_difference(finished, environment):
