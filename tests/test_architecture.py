@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "w2sjax"
 ORDER = (
+    "records",
     "types",
     "envs",
     "chat",

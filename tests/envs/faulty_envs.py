@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 from w2sjax.envs import Outcome
@@ -55,6 +56,8 @@ class Faulty:
                 return self._outcome("x" * 200_000)
             case ["pid"]:
                 return self._outcome(str(os.getpid()))
+            case ["modules"]:
+                return self._outcome(" ".join(sys.modules))
         return self._outcome(action)
 
     def _outcome(self, observation):

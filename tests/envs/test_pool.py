@@ -219,6 +219,13 @@ def test_workers_leave_ctrl_c_to_their_parent(pool):
     assert pids(pool) == before
 
 
+def test_workers_import_neither_the_main_module_nor_jax(pool):
+    pool.reset({0: "a"})
+    loaded = pool.step({0: "modules"})[0].observation.split()
+    assert "faulty_envs" in loaded and "w2sjax.envs.worker" in loaded
+    assert not {"jax", "chex", "pytest", "transformers"} & set(loaded)
+
+
 def test_a_worker_that_keeps_dying_is_started_after_growing_pauses(monkeypatch):
     pauses = []
     with faulty_pool(num_slots=1, num_workers=1) as pool:
@@ -262,12 +269,12 @@ PARENT = """
 import signal
 from w2sjax.envs import EnvPool
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits deafness
-    with EnvPool("faulty_envs:Faulty", {}, num_slots=1, num_workers=1) as pool:
-        pool.reset({0: "a"})
-        print(pool.step({0: "pid"})[0].observation, flush=True)
-        pool.step({0: "hang"})
+# No guard against being imported: no worker does.
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits deafness
+with EnvPool("faulty_envs:Faulty", {}, num_slots=1, num_workers=1) as pool:
+    pool.reset({0: "a"})
+    print(pool.step({0: "pid"})[0].observation, flush=True)
+    pool.step({0: "hang"})
 """
 
 
@@ -369,9 +376,10 @@ def test_answers_come_as_they_are_ready(pool):
 @pytest.mark.parametrize(("how", "says"), [("die", "died"), ("hang", "gave no answer for 3 s")])
 def test_what_breaks_while_others_go_on_is_told_once(pool, how, says):
     pool.submit("step", {0: how, 1: "a"})
-    assert pool.poll(wait_s=2.0).keys() == {1}
+    first = pool.poll(wait_s=2.0)
+    assert first.pop(1).observation == "a" and (how == "die" or not first)  # a death shows at once
     pool.submit("step", {1: "b", 2: "queued behind"})  # slot 2 lives where slot 0 does
-    answers = all_answers(pool)
+    answers = first | all_answers(pool)
     assert answers[1].observation == "b"
     assert says in answers[0].message and says in answers[2].message
     pool.submit("step", {0: "again", 3: "c"})  # the episode is lost until its next reset

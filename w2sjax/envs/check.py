@@ -13,7 +13,7 @@ from typing import Any
 
 from w2sjax.envs.base import Env, Outcome, make_env
 from w2sjax.envs.players import play
-from w2sjax.types import Status
+from w2sjax.records import Status
 
 _SHOWN = 5  # failures that the summary names
 

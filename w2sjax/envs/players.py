@@ -11,7 +11,7 @@ import hashlib
 import random
 
 from w2sjax.envs.base import Env
-from w2sjax.types import Status
+from w2sjax.records import Status
 
 
 @dataclasses.dataclass(frozen=True)

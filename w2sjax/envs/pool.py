@@ -11,7 +11,9 @@ import dataclasses
 import itertools
 import multiprocessing
 import signal
+import sys
 import time
+import types
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any, Literal, NamedTuple
@@ -19,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 from w2sjax.envs.base import Outcome
 from w2sjax.envs.players import PlayedEpisode
 from w2sjax.envs.worker import SlotEnvs, run_worker
-from w2sjax.types import Status
+from w2sjax.records import Status
 
 _START_TIMEOUT_S = 180.0  # a process that imports its environment and makes the first one
 _BACK_OFF_S, _MOST_BACK_OFF_S = 0.2, 5.0  # before a worker that keeps dying is started again
@@ -80,9 +82,13 @@ class _Worker:
         )
         # Ctrl-C is blocked until the child ignores it; a signal for this process waits meanwhile.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # The child would import this program's main module, and JAX and all else with it: seconds
+        # and some hundred megabytes that no environment needs. So it is not told of one.
+        main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
         try:
             self.process.start()
         finally:
+            sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()
 
@@ -103,8 +109,7 @@ class _Worker:
             self.process.join(_CLOSE_TIMEOUT_S)
             raise RuntimeError(
                 f"{self.process.name} died at its start (exit code {self.process.exitcode}); its "
-                "own error output says why. A script that makes a pool with workers needs "
-                '`if __name__ == "__main__":`'
+                "own error output says why"
             ) from error
         if kind == "unusable":
             error_kind, message = details
