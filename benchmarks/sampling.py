@@ -184,8 +184,9 @@ def against_generate(size: str, batches: Sequence[int], rounds: int) -> dict[str
         options = dict(do_sample=True, num_return_sequences=SAMPLES, top_k=0)
         generated(prompt, SAMPLE_LENGTH, **options)
 
+    samples()
     found["shared_prompt"] = row = _compared(
-        timed({"ours": samples, "generate": peer_samples}, max(3, rounds))
+        timed({"ours": samples, "generate": peer_samples}, 4 if rounds == 1 else 10, warm=True)
     )
     print(f"  {size}, {SAMPLES} samples of one prompt: {row['ratio']:.2f}× generate", flush=True)
     return found
