@@ -1,6 +1,7 @@
 """How fast are rollouts? Against transformers' `generate`, and against a loop without overlap.
 
-    python benchmarks/sampling.py [--quick] [--json FILE]
+    python benchmarks/sampling.py [--quick] [--json FILE] [--sizes s,m] [--batches 16,64]
+        [--parts generate,slow,household,scienceworld]
 
 **Against `generate`** (torch, the same weights, exported by this library; left out where torch or
 transformers' torch side is not installed), random Llama-shaped weights, float32, greedy, answers of
@@ -32,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import statistics
@@ -59,6 +61,7 @@ from w2sjax.sampling import (
 )
 from w2sjax.types import Policy
 
+PARTS = ("generate", "slow", "household", "scienceworld")
 PROMPT, TURNS, ANSWER, OBSERVATION = 256, 10, 24, 24
 SAMPLES, SAMPLE_LENGTH = 16, 64
 
@@ -456,15 +459,25 @@ def main() -> None:
         help="under a minute: one model, 16 episodes, the slow environment without its comparison",
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument(
+        "--sizes", help="models against generate, s (5 M) and m (30 M), with commas"
+    )
+    parser.add_argument("--batches", help="episodes side by side there, with commas")
+    parser.add_argument("--parts", help=f"of {', '.join(PARTS)}, with commas")
     arguments = parser.parse_args()
     quick = arguments.quick
     rounds = 1 if quick else 3
+    sizes = (arguments.sizes or ("s" if quick else "s,m")).split(",")
+    batches = [int(b) for b in (arguments.batches or ("16" if quick else "16,64")).split(",")]
+    parts = (arguments.parts or ("generate,slow" if quick else ",".join(PARTS))).split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"--parts: {min(unknown)!r} is none of {', '.join(PARTS)}")
     print(f"load {os.getloadavg()[0]:.1f} before the start", flush=True)
     data: dict[str, Any] = {"load_before": os.getloadavg()[0], "generate": {}, "episodes": {}}
     if jax.default_backend() == "gpu":
         data["gpu"] = gpu_decoding(rounds)
-    for size in ("s",) if quick else ("s", "m"):
-        data["generate"][size] = against_generate(size, (16,) if quick else (16, 64), rounds)
+    for size in sizes if "generate" in parts else ():
+        data["generate"][size] = against_generate(size, batches, rounds)
     household = dict(num_object_types=6, max_receptacles=3, num_distractors=2, max_steps=14)
     cases: dict[str, Any] = {
         "slow": dict(
@@ -477,29 +490,28 @@ def main() -> None:
             compared=not quick,
         ),
     }
-    if not quick:
-        cases["household"] = dict(
-            name="household", options=household, slots=64, workers=0, episodes=256, patience=64
-        )
-        try:
-            import scienceworld  # noqa: F401 (whether it is installed)
-        except ImportError:
-            print("ScienceWorld is left out: pip install -e '.[scienceworld]'", flush=True)
-        else:
-            tasks = ("find-plant", "lifespan-longest-lived", "find-non-living-thing")
-            options = dict(tasks=tasks, simplification="easy", heap_mb=512)
-            cases["scienceworld"] = dict(
-                name="scienceworld", options=options, slots=16, workers=2, episodes=48
-            )
+    cases["household"] = dict(
+        name="household", options=household, slots=64, workers=0, episodes=256, patience=64
+    )
+    tasks = ("find-plant", "lifespan-longest-lived", "find-non-living-thing")
+    options = dict(tasks=tasks, simplification="easy", heap_mb=512)
+    cases["scienceworld"] = dict(
+        name="scienceworld", options=options, slots=16, workers=2, episodes=48
+    )
+    if "scienceworld" in parts and importlib.util.find_spec("scienceworld") is None:
+        print("ScienceWorld is left out: pip install -e '.[scienceworld]'", flush=True)
+        parts.remove("scienceworld")
     for title, case in cases.items():
-        data["episodes"][title] = episodes_per_second(rounds=rounds, **case)
-    small = data["generate"]["s"]
+        if title in parts:
+            data["episodes"][title] = episodes_per_second(rounds=rounds, **case)
+    small = data["generate"].get("s", {})
+    slow = data["episodes"].get("slow", {})
     multi = [row["ratio"] for name, row in small.items() if name.startswith("multi")]
     data["ratios"] = {
         "multi_turn_vs_generate": min(multi, default=None),
         "shared_prompt_vs_generate": small["shared_prompt"]["ratio"] if small else None,
-        "occupancy": data["episodes"]["slow"]["model_share"],
-        "slot_occupancy": data["episodes"]["slow"]["slot_occupancy"],
+        "occupancy": slow.get("model_share"),
+        "slot_occupancy": slow.get("slot_occupancy"),
         **{
             f"overlap_{title}": row["ratio"]
             for title, row in data["episodes"].items()
