@@ -38,10 +38,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import contenders as peers
 import jax
 import jax.numpy as jnp
 import numpy as np
-import train_step as peers
 
 from w2sjax import batches, losses, models, train
 from w2sjax.batches import PairSequences

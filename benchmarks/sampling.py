@@ -46,8 +46,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from contenders import GPU_SHAPES, SHAPES
 from slow_env import LATENCY_S
-from train_step import GPU_SHAPES, SHAPES
 
 from w2sjax import models
 from w2sjax.chat import MALFORMED_OBSERVATION, ChatTemplate, parse_answer, train_bpe

@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ import pytest
 from w2sjax import losses, models, train
 from w2sjax.parallel import make_mesh, replicated
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "train_step.py"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 TINY = dict(
     vocab_size=64,
     hidden_size=32,
@@ -34,11 +34,11 @@ def _compile_fast():
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("train_step_benchmark", FILE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    """Everything in the two files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        modules = [importlib.import_module(name) for name in ("contenders", "train_step")]
+    return SimpleNamespace(**vars(modules[0]) | vars(modules[1]))
 
 
 def torch_contender(bench, policy, reference, pairs):
