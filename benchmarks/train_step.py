@@ -1,6 +1,6 @@
 """How fast are SFT and DPO steps? Against TRL and tunix on CPU; on a GPU, against its own ceiling.
 
-    python benchmarks/train_step.py [--quick] [--json FILE]
+    python benchmarks/train_step.py [--quick] [--json FILE] [--sizes s,m] [--rounds 5]
 
 **On CPU**: one random Llama-shaped checkpoint, written by transformers, is loaded by all; the same
 8 pairs of random tokens (512 of shared prompt, 128 of answer each; --quick: 1 pair of 128 and 64),
@@ -313,6 +313,8 @@ def main() -> None:
         "--quick", action="store_true", help="about a minute: s alone, one short pair"
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
+    parser.add_argument("--sizes", help="on CPU: models, of s (5 M) and m (30 M), with commas")
+    parser.add_argument("--rounds", type=int, help="on CPU: how often each contender is timed")
     arguments = parser.parse_args()
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
     print(f"load {load:.1f} on {cores} cores before the start", flush=True)
@@ -320,6 +322,8 @@ def main() -> None:
         sizes, setting = ["s", "m"], dict(num_pairs=8, prompt=512, answer=128, rounds=5)
         if arguments.quick:
             sizes, setting = ["s"], dict(num_pairs=1, prompt=128, answer=64, rounds=9)
+        sizes = arguments.sizes.split(",") if arguments.sizes else sizes
+        setting["rounds"] = arguments.rounds or setting["rounds"]
         settings = {}
         for size in sizes:
             print(
