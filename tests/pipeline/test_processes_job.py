@@ -123,6 +123,7 @@ def test_processes_cut_off_and_resumed_in_other_numbers_make_one_job(environment
     in_the_way.rmdir()
     kept = [read_trajectories(path) for path in sorted(blocks.glob("episodes.*.jsonl"))]
     assert len(kept) in (1, 2) and not (blocks / "episodes.000001.jsonl").exists()
+    kept += [read_trajectories(path) for path in blocks.glob("episodes.*.unfinished")]
 
     first, second = run_pair(environment, workdir)
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
