@@ -372,6 +372,7 @@ def alternating(functions: dict[str, Callable[[], Any]], rounds: int) -> dict[st
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            time.sleep(0.3)  # threads of the one before spin for a while
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)

@@ -7,7 +7,7 @@
 without L × L scores, output layer on learned tokens alone): forward, backward, clip, AdamW in
 float32, laying out the batch included; SFT with every second turn of 16 tokens learned, and DPO
 whose loss falls on the leaves. Shapes: a trunk of 512 tokens with 2 to 64 leaves of 128; deep trees
-(a trunk of 1024, three levels of branching by 3); and real trees: rollouts of household's players
+(a trunk of 1024, three levels of branching by 3; one of 2048 with 16 leaves of 64); and real trees: rollouts of household's players
 (8, 16 and 64 a task), of ScienceWorld's where it is installed, or the episodes of a run
 (--episodes; grouped by task, up to 64 each).
 
@@ -432,7 +432,7 @@ def main() -> None:
         if "leaves" in parts:
             trees += [[(1, 512), (count, 128)] for count in leaves]
         if "deep" in parts:
-            trees += [[(1, 1024), (3, 128), (3, 128), (3, 128)]]
+            trees += [[(1, 1024), (3, 128), (3, 128), (3, 128)], [(1, 2048), (16, 64)]]
         workloads = [
             made_up_tree(levels, config.vocab_size, kind)
             for levels in trees
