@@ -7,9 +7,9 @@
 without L × L scores, output layer on learned tokens alone): forward, backward, clip, AdamW in
 float32, laying out the batch included; SFT with every second turn of 16 tokens learned, and DPO
 whose loss falls on the leaves. Shapes: a trunk of 512 tokens with 2 to 64 leaves of 128; deep trees
-(a trunk of 1024, three levels of branching by 3; one of 2048 with 16 leaves of 64); and real trees: rollouts of household's players
-(8, 16 and 64 a task), of ScienceWorld's where it is installed, or the episodes of a run
-(--episodes; grouped by task, up to 64 each).
+(a trunk of 1024, three levels of branching by 3; one of 2048 with 16 leaves of 64); and real trees:
+rollouts of household's players (8, 16 and 64 a task), of ScienceWorld's where it is installed, or
+the episodes of a run (--episodes; grouped by task, up to 64 each).
 
 **Against TRL's DPO** (torch), where it is installed: the same pairs, the same checkpoint; its
 reference is computed in each step, as it does by default, and is timed apart.
