@@ -1,5 +1,5 @@
-"""Benchmarks import and say how they are run; train_step.py compares the same thing, and its GPU path
-traces.
+"""Benchmarks import and say how they are run; train_step.py compares the same thing and traces at
+full size.
 """
 
 import dataclasses
