@@ -20,7 +20,7 @@ trajectories share cost the output layer as much as before. `possible` counts th
 both sides (projections, attention over visible pairs, output layer), as FLOPs.
 
 Contenders alternate; times are medians; memory is what XLA reserves for temporaries. Ratios above 1
-say that packing is faster.
+say that packing is faster; `packed_vs_unpacked_real` is the smallest of all real trees.
 """
 
 from __future__ import annotations
@@ -453,7 +453,7 @@ def main() -> None:
             "packed_vs_trl_16" + (f"_{size}" if size != "s" else ""): row and row["ratio"]
             for size, row in data["trl"].items()
         },
-        "packed_vs_unpacked_real": max(
+        "packed_vs_unpacked_real": min(
             (row["measured"] for row in rows if row["title"] in titles), default=None
         ),
     }

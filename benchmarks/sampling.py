@@ -9,7 +9,7 @@ fixed length so that both sides do equal work:
 
 - multi-turn: episodes of 10 turns from a prompt of 256 tokens, 24 tokens of answer and 24 of
   observation a turn, 16 and 64 episodes side by side. `generate` is used as its users do: it gets
-  the whole conversation at each turn. The first answers' tokens must be equal.
+  the whole conversation at each turn. The tokens of all answers must be equal.
 - one prompt of 256 tokens, 16 samples of 64 tokens (`num_return_sequences=16`).
 
 **Against a loop without overlap** (all slots take their turns together, and the environments theirs
@@ -157,14 +157,14 @@ def against_generate(size: str, batches: Sequence[int], rounds: int) -> dict[str
                 context = np.concatenate([context, answers[-1]], axis=1)
             return np.stack(answers)
 
-        first: dict[str, np.ndarray] = {}
+        said: dict[str, np.ndarray] = {}  # [turns, episodes, tokens of an answer]
         contenders = {
-            "ours": lambda ours=ours, first=first: first.setdefault("ours", ours()[0]),
-            "generate": lambda theirs=theirs, first=first: first.setdefault("theirs", theirs()[0]),
+            "ours": lambda ours=ours, said=said: said.setdefault("ours", ours()),
+            "generate": lambda theirs=theirs, said=said: said.setdefault("theirs", theirs()),
         }
         ours()  # compiles; generate has nothing to compile
         times = timed(contenders, rounds, warm=True)
-        np.testing.assert_array_equal(first["ours"], first["theirs"])
+        np.testing.assert_array_equal(said["ours"], said["theirs"])
         tokens = batch * TURNS * ANSWER
         found[f"multi_turn_{batch}"] = row = _compared(times)
         print(

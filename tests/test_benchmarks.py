@@ -1,8 +1,12 @@
-"""What benchmarks/train_step.py compares is the same thing, and its GPU path traces."""
+"""Benchmarks import and say how they are run; train_step.py compares the same thing and traces at
+full size.
+"""
 
 import dataclasses
 import functools
 import importlib
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,3 +144,31 @@ def test_model_flops(bench):
     assert bench.model_flops(untied, 128, 64) == step  # an input embedding is looked up
     lora = models.preset("s", vocab_size=400, lora=models.Lora(rank=1))
     assert 2 / 3 * step < bench.model_flops(lora, 128, 64) < 0.75 * step
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_every_file_imports_and_says_how_it_is_run(path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # search.py sets it
+    before = set(sys.modules)
+    try:
+        module = importlib.import_module(path.stem)
+    except ModuleNotFoundError as error:
+        if error.name not in ("mctx", "numba"):
+            raise
+        pytest.skip(f"{error.name} is not installed")
+    finally:
+        for other in {file.stem for file in FOLDER.glob("*.py")} - before:
+            sys.modules.pop(other, None)  # names such as "trees" are others' as well
+    assert Path(module.__file__) == path
+    if path.stem in ("contenders", "slow_env"):  # parts of others
+        assert not hasattr(module, "main")
+        return
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert "--json" in said and f"python benchmarks/{path.name}" in module.__doc__
+    # `agreement` reads two finished runs, in no time.
+    assert ("--quick" in said) == ("[--quick]" in module.__doc__) == (path.stem != "agreement")

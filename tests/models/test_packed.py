@@ -8,6 +8,7 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -22,7 +23,14 @@ from w2sjax.batches import (
     plan_rows,
 )
 from w2sjax.losses import preference_loss, score_from_logits, sft_loss
-from w2sjax.models import Lora, ModelConfig, init_params, make_apply_fn, make_score_fn
+from w2sjax.models import (
+    Lora,
+    ModelConfig,
+    init_params,
+    make_apply_fn,
+    make_score_fn,
+    tree_attention,
+)
 from w2sjax.train import init_state, make_train_step
 
 CONFIG = ModelConfig(
@@ -288,3 +296,61 @@ def test_neither_scores_nor_logits_of_a_row_exist():
         step = make_train_step(score_fn, sft_loss, tx)
         found.append(largest_array(step, init_state(params, tx), batch))
     assert found[0] < length * length / 2 and found[1] >= length * 1500
+
+
+def make_matrix_work(monkeypatch):
+    """Batch → FLOPs of the matrix products of attention in tiles, forward and backward: those of a
+    round of each loop, times its rounds. XLA's own count takes a loop for one round of it."""
+    products, of_a_round, rounds = [], [], []
+
+    def product(equation, left, right):
+        sizes = zip(equation.split("->")[0].replace(",", ""), left.shape + right.shape, strict=True)
+        products.append(2 * math.prod(dict(sizes).values()))
+        return jnp.einsum(equation, left, right)
+
+    def loop(first, number, body, state):
+        products.clear()
+        jax.eval_shape(body, first, state)
+        of_a_round.append(sum(products))
+        rounds.append(number)
+        return state
+
+    @jax.jit
+    def count(positions, ends):
+        x = jnp.ones((*ends.shape, 1, 4))
+        _, pull = jax.vjp(lambda x: tree_attention.attend_tree(x, x, x, positions, ends), x)
+        pull(x)
+        return jnp.stack(rounds)
+
+    def matrix_work(batch):
+        with monkeypatch.context() as patch:
+            patch.setattr(tree_attention, "_product", product)
+            patch.setattr(jax.lax, "fori_loop", loop)
+            return int(count(batch.positions, batch.subtree_end) @ np.array(of_a_round))
+
+    return matrix_work
+
+
+def test_the_cost_of_attention_follows_what_is_visible(monkeypatch):
+    """Rows of 1024 tokens, full: a path; short branches on a short trunk; short sequences."""
+    length = 1024
+    draw = functools.partial(np.random.default_rng(0).integers, 0, 2**15)
+    trunk = draw(64)
+    rows = {
+        "path": [draw(length)],
+        "branches": [np.r_[trunk, draw(32)] for _ in range(30)],
+        "sequences": [draw(64) for _ in range(16)],
+    }
+    matrix_work, work, visible = make_matrix_work(monkeypatch), {}, {}
+    for name, tokens in rows.items():
+        batch = pack_rows([Sequence(one, np.arange(len(one)) > 0) for one in tokens], length)
+        assert batch.tokens.shape == (1, length) and batch.subtree_end.all()
+        work[name] = matrix_work(batch)
+        visible[name] = (batch.positions + 1).sum()
+    tiles = {"path": 16 * 17 / 2, "branches": 16 + 15, "sequences": 16}  # 16 blocks of 64 keys
+    for name in rows:
+        of_path = work[name] / work["path"]
+        assert of_path == pytest.approx(tiles[name] / tiles["path"])
+        assert of_path <= 2.1 * visible[name] / visible["path"]
+    # Seven products of so many pairs each, and the softmax's sums as one feature more of a value.
+    assert work["path"] == 2 * (7 * 4 + 1) * tiles["path"] * 64**2

@@ -5,6 +5,7 @@ Here the processes take turns; tests/pipeline/test_processes_job.py runs real on
 
 import contextlib
 import itertools
+import re
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from w2sjax.config import default_config
 from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import episodes as pipeline_episodes
 from w2sjax.pipeline.episodes import EPISODES, Episodes, join_episodes
-from w2sjax.sampling import EpisodeRequest, read_trajectories
+from w2sjax.sampling import CollectStats, EpisodeRequest, read_trajectories
 from w2sjax.types import Status, Step, Trajectory
 
 HOUSEHOLD = {"families": ("look", "put"), "num_object_types": 4, "max_steps": 8}
@@ -247,9 +248,15 @@ def test_played_episodes_do_not_depend_on_blocks_and_processes(tmp_path, monkeyp
     assert play("cut", 3, count=2, written=cut)[0].read_bytes() == whole
 
 
-def test_choosing_among_admissible_actions_is_scored_by_the_model_itself(tmp_path):
+def test_choosing_among_admissible_actions_is_scored_by_the_model_itself(tmp_path, monkeypatch):
     """Household, a model of random weights: what is recorded is the softmax over what could be
-    done of the full forward pass's log-probabilities."""
+    done of the full forward pass's log-probabilities. Progress is told on the way."""
+    told = []
+    monkeypatch.setattr(
+        pipeline_episodes.report,
+        "progress_bar",
+        lambda *about: contextlib.nullcontext(lambda *news: told.append((about, news))),
+    )
     c = default_config()
     c.env.options.max_steps = 3
     c.env.workers = 0
@@ -270,6 +277,9 @@ def test_choosing_among_admissible_actions_is_scored_by_the_model_itself(tmp_pat
                 [EpisodeRequest(task, r) for task in tasks for r in range(3)],
                 draws={"temperature": 50.0}, policy_name="weak", seed=0,
             )  # fmt: skip
+    about, (count, note) = told[-1]
+    assert (about, count) == (("title", 6, "episodes"), 6)
+    assert re.fullmatch(r"\d+ tokens/s, model \d+%, environment \d+%", note)
     join_episodes(epath.Path(tmp_path), [share])
     played = read_trajectories(tmp_path / EPISODES)
     assert len(played) == 6 and len({tuple(s.action for s in t.steps) for t in played}) > 3
@@ -285,3 +295,10 @@ def test_choosing_among_admissible_actions_is_scored_by_the_model_itself(tmp_pat
     total = np.logaddexp.reduce(list(scores.values()))
     first = played[0].steps[0]
     assert first.answer_logp == pytest.approx(scores[first.action] - total, abs=1e-3)
+
+
+def test_the_progress_note_says_how_fast_and_where_the_time_goes():
+    stats = CollectStats(sampled_tokens=501, seconds=2.0, model_seconds=1.5, env_seconds=0.2)
+    note = pipeline_episodes._share_text(stats)
+    assert note == "250 tokens/s, model 75%, environment 10%"
+    assert "0 tokens/s" in pipeline_episodes._share_text(CollectStats())

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from w2sjax.batches import PairSequences, Sequence
+from w2sjax.batches import PairSequences, Sequence, pack_rows, token_nodes
 from w2sjax.chat import ChatTemplate, format_answer, train_bpe
 from w2sjax.checkpoints import load_params
 from w2sjax.config import default_config
@@ -140,19 +140,42 @@ def test_all_tokens_count_but_the_first(template, episodes):
         np.testing.assert_array_equal(sequence.tokens, template.encode_trajectory(episode).tokens)
 
 
-def test_sampled_ids_are_trained_on_as_they_were_sampled(template, episodes):
-    """A model may spell an answer in other tokens than the tokenizer would."""
-    episode = episodes[0]
+def spelled_out(template, episode):
+    """The episode with its first answer in other tokens than the tokenizer's, and these tokens."""
     answer = episode.steps[0].answer
     spelled = [i for c in answer for i in template.tokenizer.encode(c, add_special_tokens=False)]
     spelled.append(template.stop_ids[0])
     assert spelled != template.encode_answer(answer)
     first = dataclasses.replace(episode.steps[0], answer_ids=tuple(spelled), answer_logp=-1.0)
-    sampled = dataclasses.replace(episode, steps=(first, *episode.steps[1:]))
+    return dataclasses.replace(episode, steps=(first, *episode.steps[1:])), spelled
+
+
+def test_sampled_ids_are_trained_on_as_they_were_sampled(template, episodes):
+    """A model may spell an answer in other tokens than the tokenizer would."""
+    episode = episodes[0]
+    sampled, spelled = spelled_out(template, episode)
     weights = np.zeros((1, len(episode.steps)), np.float32)
     weights[0, 0] = 1
     (sequence,) = to_sequences(template, [sampled], NO_LIMIT, step_weights=weights).items
     assert sequence.tokens[sequence.weights > 0].tolist() == spelled
+
+
+def test_only_equal_tokens_are_shared_whatever_the_text_says(template, episodes):
+    """Of one text in different tokens, nothing is shared from the first different token on."""
+    sampled, _ = spelled_out(template, episodes[0])
+    one, other = to_sequences(template, [episodes[0], sampled], NO_LIMIT).items
+    assert decode(template, one.tokens) == decode(template, other.tokens)
+    shorter = min(len(one), len(other))
+    shared = int(np.argmax(one.tokens[:shorter] != other.tokens[:shorter]))
+    assert 0 < shared < shorter
+    total = len(one) + len(other) - shared
+    batch = pack_rows([one, other, one], total)
+    assert batch.tokens.shape == (1, total)
+    nodes = [batch.tokens[0, token_nodes(batch)[0] == node].tolist() for node in range(3)]
+    assert nodes[0] == one.tokens[:shared].tolist()
+    assert sorted(nodes[1:]) == sorted(
+        [one.tokens[shared:].tolist(), other.tokens[shared:].tolist()]
+    )
 
 
 # ------------------------------------------------------------------------------------- pairs

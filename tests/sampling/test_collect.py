@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import random
+import re
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from w2sjax.chat import MALFORMED_OBSERVATION, ChatTemplate, train_bpe
-from w2sjax.envs import EnvFailure, Outcome, Reset
+from w2sjax.envs import EnvFailure, EnvPool, Outcome, PlayRequest, Reset
 from w2sjax.losses import score_from_logits
 from w2sjax.models import ModelConfig, init_params, make_policy
 from w2sjax.sampling import (
@@ -23,6 +25,7 @@ from w2sjax.sampling import (
     collect,
     collect_choosing,
     make_sampler,
+    play_episodes,
     read_trajectories,
 )
 from w2sjax.sampling.collect import _task_hash, turn_keys
@@ -627,3 +630,125 @@ def test_what_else_ends_a_replay():
     assert "it ended the episode, which went on before" in replay(more).error
     broken = dataclasses.replace(looks.steps[0], action="break")
     assert replay([broken]).error == "at action 'break': worker 0 died"
+
+
+# ------------------------------------------------------------------------------------------------
+# Real environments in real processes.
+# ------------------------------------------------------------------------------------------------
+
+
+BREAKS = {  # the second action → what the error says
+    "die": "at action 'die': ",
+    "exit": "at action 'exit': ",
+    "hang": "at action 'hang': ",
+    "raise": "at action 'raise': ",
+    "at reset: die": "died",
+    "at reset: raise": "as told",
+}
+
+
+@pytest.mark.parametrize("num_slots", [2, 6])
+def test_every_request_ends_once_when_processes_die_and_hang(num_slots, monkeypatch):
+    """With two slots each has a process of its own, with six three slots share one."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "envs")
+    tasks = ["fine", "die", "fine", "long", "raise", "fine", "at reset: die", "exit", "hang"]
+    tasks += ["fine", "long", "at reset: raise", "fine", "fine"]
+    requests = [EpisodeRequest(task, i) for i, task in enumerate(tasks)]
+
+    def say(context):
+        task = re.search(r"task ([a-z]+)", context)[1]
+        return f"Action: {task if 'hello' in context else 'hello'}"
+
+    options = dict(num_slots=num_slots, num_workers=2, timeout_s=3.0, max_restarts=100)
+    with EnvPool("faulty_envs:Faulty", {}, **options) as pool:
+        done, stats = _play(Scripted(num_slots, say), pool, requests)
+        assert 0 < pool.restarts <= 4 and not pool.outstanding
+        assert pool.restarts == 4 or num_slots > 2
+    assert Counter((t.task_id, t.rollout) for t in done) == Counter(
+        (r.task_id, r.rollout) for r in requests
+    )
+    assert stats.statuses == Counter(t.status for t in done)
+    lost = 0  # beside one that took their process along
+    for episode in done:
+        task, steps = episode.task_id, [s.action for s in episode.steps]
+        if num_slots > 2 and episode.status is Status.ENV_ERROR:
+            taken = task not in BREAKS
+            lost += taken
+            told = "died|no answer for 3 s" + "|as told" * (not taken)
+            assert re.search(told, episode.error), episode
+        elif task in BREAKS:
+            assert episode.status is Status.ENV_ERROR and BREAKS[task] in episode.error
+            assert steps == ([] if task.startswith("at") else ["hello"])
+        elif task == "long":
+            assert (episode.status, steps) == (Status.TOKEN_LIMIT, ["hello", "long"])
+            assert len(episode.steps[-1].observation) == 200_000
+        else:
+            assert (episode.status, steps) == (Status.STEP_LIMIT, ["hello"] + ["fine"] * 4)
+        assert episode.status.scored == (episode.status is not Status.ENV_ERROR)
+        assert (episode.score > 0) == episode.status.scored
+    assert stats.statuses[Status.ENV_ERROR] == 6 + lost and stats.scored == 8 - lost
+    assert lost < 8
+
+
+def _bigrams(template, episodes):
+    """A policy of whole numbers that speaks as in some episodes: a table of which token follows
+    which, and a hash of the whole context. So nothing in it depends on who is beside it."""
+    size = template.vocab_size
+    table = np.full((size, size), 1e-3)
+    for episode in episodes:
+        tokens = template.encode_trajectory(episode).tokens
+        np.add.at(table, (tokens[:-1], tokens[1:]), 1.0)
+    table = jnp.asarray(np.round(64 * np.log(table)) / 64, jnp.float32)
+
+    def decode(params, cache, tokens, start, last, *, slots=None):
+        length = cache.shape[1]
+        slots = jnp.arange(len(cache)) if slots is None else slots
+        index = jnp.arange(tokens.shape[1])[None]
+        where = jnp.where(index <= last[:, None], start[:, None] + index, length)
+        cache = cache.at[slots[:, None], where].set(tokens + 1, mode="drop")
+        seen = jnp.arange(length)[None] <= (start + last)[:, None]
+        rows = jnp.take(cache, slots, axis=0, mode="clip")
+        digest = jnp.where(seen, rows * (jnp.arange(length) * 7919 + 13), 0).sum(axis=1)
+        token = jnp.take_along_axis(tokens, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
+        mixed = (digest[:, None] * 31 + jnp.arange(size) * 977) % 64
+        return table[token] + mixed.astype(jnp.float32) / 64, cache
+
+    def init(slots, length):
+        return jnp.zeros((slots, length), jnp.int32)
+
+    return Policy(None, None, init, decode)
+
+
+def test_processes_of_an_environment_change_no_token():
+    """Household in this process and in two others."""
+    options = dict(families=("look", "put"), num_object_types=4, max_steps=4, instruction="Act.")
+    found, template = [], None
+    for num_workers in (0, 2):
+        with EnvPool("household", options, num_slots=2, num_workers=num_workers) as pool:
+            tasks = list(pool.task_ids("train", 5))
+            if template is None:
+                played = play_episodes(
+                    pool,
+                    [PlayRequest(task, 0.3, 0) for task in tasks],
+                    env_name="household",
+                    policy_name="player",
+                )
+                texts = [text for t in played for text in (t.instruction, t.first_observation)]
+                texts += [x for t in played for s in t.steps for x in (s.answer, s.observation)]
+                template = ChatTemplate(train_bpe(texts, vocab_size=400))
+                settings = SamplerSettings(512, 12, template.stop_ids)
+                sampler = make_sampler(_bigrams(template, played), settings, num_slots=2)
+            done = []
+            collect(
+                sampler, None, template, pool,
+                [EpisodeRequest(task, rollout) for task in tasks for rollout in range(2)],
+                env_name="household", policy_name="weak", seed=0, on_done=done.append,
+            )  # fmt: skip
+        found.append({(t.task_id, t.rollout): t for t in done})
+        assert len(done) == len(found[-1]) == 10
+    assert _tokens(found[0]) == _tokens(found[1])
+    texts = [{key: [s.observation for s in t.steps] for key, t in one.items()} for one in found]
+    assert texts[0] == texts[1]
+    steps = [step for t in found[0].values() for step in t.steps]
+    assert len({step.answer_ids for step in steps}) > 8
+    assert {True, False} == {step.action is None for step in steps}

@@ -231,12 +231,11 @@ class Episodes:
         seed: int,
         first_block: int = 0,
     ) -> dict[str, Any]:
-        """Lets a model act, in this process's blocks of requests; `draws` are the temperature and
-        the filters of `SamplerSettings`.
+        """Lets a model act, in this process's blocks of requests.
 
         An episode does not depend on those beside it, up to the last bits of its logits: a run that
         was interrupted samples what is missing, and ends with the same episodes as one that was not
-        (on CPU in float32, about one token in a million falls otherwise).
+        (how rarely rounding moves a token: BUILD_NOTES.md, "draws" under Sampling).
 
         Args:
           directory: of the stage.
@@ -245,7 +244,7 @@ class Episodes:
           pool: where.
           requests: all that is asked for; of a stage that asks several times, rollouts not asked
             for before.
-          temperature, top_p: how tokens are drawn.
+          draws: how tokens are drawn: the temperature and the filters of `SamplerSettings`.
           policy_name, seed: recorded in the episodes.
           first_block: number of blocks that the stage asked for before.
 
