@@ -262,7 +262,7 @@ def save_hf(
     """Writes a checkpoint directory that transformers, and what builds on it, loads.
 
     The directory appears when it is whole. On several hosts all must call this; the first writes.
-    Host memory: one tensor, twice where its layout is another than ours.
+    Host memory: the largest tensor, twice.
 
     Args:
       path: the directory, which must not exist.
