@@ -38,9 +38,10 @@ def get_config(arg: str = ""):
     c.models.weak = "llama-2-7b"
     c.models.strong = "llama-2-13b"
     c.rollouts.max_new_tokens = 128  # a thought and an action
-    c.sampler.slots = 8  # every device holds the whole cache, 3 GiB a slot of the 13B model
+    c.sampler.slots = 8  # one a device, 3 GiB of cache each for the 13B model
     if arg == "tpu":
         c.mesh.fsdp = 16
+        # Fewer slots than chips are not split: each holds the cache of all four.
         c.sampler.slots = c.env.workers = 4
     elif arg:
         raise ValueError(f"configs/llama_scienceworld.py has no variant {arg!r}; known: tpu")

@@ -108,6 +108,7 @@ EQUAL = """
         meshes = [one, parallel.make_mesh(2, 2, 2)]
         if not changes:
             meshes += [parallel.make_mesh(*sizes) for sizes in ((8, 1, 1), (1, 8, 1), (2, 1, 4))]
+            meshes.append(parallel.make_mesh(1, 1, 4, devices=jax.devices()[:4]))
         for mesh in meshes:
             state, frozen, step = setup(config, mesh, tx, loss_fn)
             before = jax.device_get(state.params)

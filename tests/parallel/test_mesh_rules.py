@@ -51,6 +51,12 @@ EIGHT_DEVICES = """
         results.append((params, *step(params, tokens)))
     up = params["layers"]["mlp"]["up"]["kernel"]
     assert up.addressable_shards[0].data.shape == (1, 16, 16)
+    title, *rows, total = sharding_table(params, PARTITION_RULES, mesh).splitlines()
+    assert title.endswith("bytes per device")
+    held = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params)]
+    assert [int(row.split()[-1].replace(",", "")) for row in rows] == held
+    assert int(total.split()[-1].replace(",", "")) == sum(held)
+    assert 4 * sum(held) < 1.1 * sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     for other in results[1:]:
         for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)

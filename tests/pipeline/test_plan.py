@@ -1,6 +1,7 @@
 """`launch.py --plan` as its users start it: it tells, and touches nothing."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,19 @@ def test_what_cannot_be_planned_is_said_in_a_sentence(tmp_path, flags, words):
     done = launch(tmp_path, f"--config={ROOT}/configs/household.py", *flags)
     assert done.returncode != 0 and words in done.stdout + done.stderr
     assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["llama_scienceworld", "qwen_alfworld"])
+@pytest.mark.parametrize(
+    ("variant", "devices", "memory"),
+    [("", 8, 80 * 10**9), ("tpu", 16, 32 * 2**30)],  # a v4 chip's, the smaller of the two
+)
+def test_the_configs_for_real_checkpoints_fit_their_devices(name, variant, devices, memory):
+    config = runpy.run_path(ROOT / "configs" / f"{name}.py")["get_config"](variant)
+    for planned in pipeline.plan(config, num_devices=devices).values():
+        assert planned.parameters > 10**8
+        assert 0 < planned.cache < planned.sampling < memory
+        assert planned.training < memory
 
 
 def test_rows_are_rounded_up_to_what_the_mesh_splits():

@@ -1,6 +1,7 @@
 """Laws of several processes: they are one program, killed and stopped like one."""
 
 import contextlib
+import importlib.util
 import json
 import re
 import signal
@@ -76,6 +77,11 @@ def test_two_processes_killed_stopped_and_resumed_give_the_numbers_of_one(tmp_pa
             np.asarray(pair[0][1][1:], float), np.asarray(one[1:], float), rtol=1e-4
         )
 
+    by_process = sorted((together / "checkpoints" / "30").rglob("ocdbt.process_*"))
+    assert [folder.name[-1] for folder in by_process] == ["0", "1"]
+    for folder in by_process:  # each wrote its own shards
+        assert any(file.stat().st_size for file in (folder / "d").iterdir())
+
     written, wanted = (
         [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         for workdir in (together, alone)
@@ -122,3 +128,28 @@ def test_a_slurm_step_is_joined_and_a_shell_in_a_job_is_not(monkeypatch):
     assert joined == [(None, None, None)]
     monkeypatch.setenv("SLURM_NTASKS", "1")  # srun --pty bash
     assert start_processes() == 1 and len(joined) == 1
+
+
+def test_on_a_tpu_pod_the_others_are_found_and_one_host_is_alone(monkeypatch):
+    joined, refusal = [], None
+
+    def initialize(*given):
+        joined.append(given)
+        if refusal:
+            raise ValueError(refusal)
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *given: find_spec("json" if name == "libtpu" else name, *given),
+    )
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    assert start_processes() == 4 and joined == [(None, None, None)]
+    refusal = "coordinator_address should be defined."  # what JAX says where it finds no pod
+    assert start_processes() == 1 and len(joined) == 2
+    refusal = "Number of processes must be defined."
+    with pytest.raises(ValueError, match=refusal):
+        start_processes()

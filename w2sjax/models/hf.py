@@ -1,7 +1,8 @@
 """Checkpoints in Hugging Face's format, in and out: a directory with config.json and safetensors.
 
 Tensors are streamed. Reading goes piece by piece from the file to the shards that live on this
-host's devices; writing takes one tensor at a time off them. Nothing but safetensors is read.
+host's devices; writing takes one tensor at a time off them, straight to the file. Nothing but
+safetensors is read.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -21,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from w2sjax.models.config import ModelConfig
 from w2sjax.models.families import Tensor, from_hf, tensors, to_hf
@@ -31,6 +32,7 @@ from w2sjax.parallel import Rules, make_mesh, param_shardings, path_name
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _PIECE_BYTES = 2**25  # least memory that matters: tensors are read in pieces of about this size
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Tensors that may be there and say nothing new.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 
@@ -260,7 +262,7 @@ def save_hf(
     """Writes a checkpoint directory that transformers, and what builds on it, loads.
 
     The directory appears when it is whole. On several hosts all must call this; the first writes.
-    Host memory: one file.
+    Host memory: the largest tensor, twice.
 
     Args:
       path: the directory, which must not exist.
@@ -300,63 +302,98 @@ def save_hf(
         os.replace(partial, path)
 
 
-def _their_tensors(config: ModelConfig, params: chex.ArrayTree) -> Iterator[tuple[str, np.ndarray]]:
-    """All tensors in their layout, one after the other, whole on every host."""
+class _Outgoing(NamedTuple):
+    """A tensor to be written; `layer` says which part of the leaf, where layers are stacked."""
+
+    name: str
+    tensor: Tensor
+    leaf: chex.Array
+    layer: int | None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.tensor.shape) * self.leaf.dtype.itemsize
+
+    def array(self) -> np.ndarray:
+        """The tensor in their layout, whole on every host."""
+        ours = self.leaf if self.layer is None else self.leaf[self.layer]
+        return np.ascontiguousarray(self.tensor.to_theirs(_whole(ours)))
+
+
+def _their_tensors(config: ModelConfig, params: chex.ArrayTree) -> list[_Outgoing]:
+    """All tensors that make up a checkpoint; raises ValueError where params are not the model's."""
     leaves = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
     expected = tensors(config)
     if leaves.keys() != expected.keys():
         missing, more = sorted(expected.keys() - leaves), sorted(leaves.keys() - expected)
         raise ValueError(f"params are not this model's: missing {missing}, left over {more}")
+    found = []
     for path, tensor in expected.items():
         stacked = "{layer}" in tensor.name
         shape = (config.num_layers, *tensor.shape) if stacked else tensor.shape
         if leaves[path].shape != shape:
             raise ValueError(f"parameter {path}: shape {leaves[path].shape}, wanted {shape}")
+        if leaves[path].dtype.name not in _DTYPES:
+            raise ValueError(f"parameter {path}: {leaves[path].dtype} is none of {list(_DTYPES)}")
         for layer, name in enumerate(_names(tensor, config.num_layers)):
-            leaf = leaves[path][layer] if stacked else leaves[path]
-            yield name, np.ascontiguousarray(tensor.to_theirs(_whole(leaf)))
+            found.append(_Outgoing(name, tensor, leaves[path], layer if stacked else None))
+    return found
 
 
 def _whole(array: chex.Array) -> np.ndarray:
     """All of an array, also where its shards lie on several hosts."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    if not isinstance(array, jax.Array):
+        return np.asarray(array)
+    if not array.is_fully_addressable:
         from jax.experimental import multihost_utils
 
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:  # of a copy, since an array keeps what it gave the host
+            whole[shard.index] = shard.data.copy()
+    return whole
 
 
 def _write_tensors(
-    directory: Path, named: Iterator[tuple[str, np.ndarray]], max_bytes: int, *, write: bool
+    directory: Path, outgoing: Sequence[_Outgoing], max_bytes: int, *, write: bool
 ) -> None:
     """Writes one file, or several with an index."""
-    files: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
-    size, total = 0, 0
-
-    def flush() -> None:
-        if write:
-            save_file(held, directory / f"{len(files)}.part", metadata={"format": "pt"})
-        files.append(list(held))
-        held.clear()
-
-    for name, array in named:
-        if held and size + array.nbytes > max_bytes:
-            flush()
+    files: list[list[_Outgoing]] = [[]]
+    size = 0
+    # Wide dtypes first keep every tensor aligned.
+    for one in sorted(outgoing, key=lambda one: -one.leaf.dtype.itemsize):
+        if files[-1] and size + one.nbytes > max_bytes:
+            files.append([])
             size = 0
-        held[name] = array
-        size += array.nbytes
-        total += array.nbytes
-    flush()
-    if not write:
-        return
-    if len(files) == 1:
-        os.replace(directory / "0.part", directory / _SINGLE)
-        return
+        files[-1].append(one)
+        size += one.nbytes
     weight_map = {}
-    for number, names in enumerate(files):
+    for number, held in enumerate(files):
         file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-        os.replace(directory / f"{number}.part", directory / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        file = _SINGLE if len(files) == 1 else file
+        weight_map |= dict.fromkeys((one.name for one in held), file)
+        _write_file(directory / file if write else Path(os.devnull), held)
+    if write and len(files) > 1:
+        total = sum(one.nbytes for one in outgoing)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, outgoing: Sequence[_Outgoing]) -> None:
+    """Writes safetensors: the header's size (uint64), the header (JSON), then tensor by tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for one in outgoing:
+        start, end = end, end + one.nbytes
+        header[one.name] = {
+            "dtype": _DTYPES[one.leaf.dtype.name],
+            "shape": one.tensor.their_shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for one in outgoing:
+            file.write(one.array().reshape(-1).view(np.uint8).data)
