@@ -687,7 +687,6 @@ def test_every_request_ends_once_when_processes_die_and_hang(num_slots, monkeypa
         assert episode.status.scored == (episode.status is not Status.ENV_ERROR)
         assert (episode.score > 0) == episode.status.scored
     assert stats.statuses[Status.ENV_ERROR] == 6 + lost and stats.scored == 8 - lost
-    assert lost < 8
 
 
 def _bigrams(template, episodes):
