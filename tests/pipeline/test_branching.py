@@ -18,8 +18,9 @@ from etils import epath
 from w2sjax import pipeline
 from w2sjax.config import default_config, validate
 from w2sjax.pipeline import branching
+from w2sjax.pipeline.blocks import EPISODES, sampled_tokens
 from w2sjax.pipeline.branching import choose_prefixes, join_rounds, next_round, sample_rounds
-from w2sjax.pipeline.episodes import EPISODES, Episodes, sampled_tokens
+from w2sjax.pipeline.episodes import Episodes
 from w2sjax.pipeline.forest import build_forest, make_targets, room, search_forest
 from w2sjax.pipeline.processes import Processes
 from w2sjax.pipeline.storage import read_json

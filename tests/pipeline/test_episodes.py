@@ -19,7 +19,8 @@ from w2sjax.chat import ChatTemplate, train_bpe
 from w2sjax.config import default_config
 from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import episodes as pipeline_episodes
-from w2sjax.pipeline.episodes import EPISODES, Episodes, join_episodes
+from w2sjax.pipeline.blocks import EPISODES, join_episodes
+from w2sjax.pipeline.episodes import Episodes
 from w2sjax.sampling import CollectStats, EpisodeRequest, read_trajectories
 from w2sjax.types import Status, Step, Trajectory
 

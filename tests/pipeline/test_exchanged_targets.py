@@ -16,7 +16,7 @@ from w2sjax.config import default_config
 from w2sjax.envs import EnvPool, PlayRequest
 from w2sjax.pipeline import exchange, order
 from w2sjax.pipeline.__main__ import main
-from w2sjax.pipeline.episodes import EPISODES, given_episodes
+from w2sjax.pipeline.blocks import EPISODES, given_episodes
 from w2sjax.pipeline.forest import build_forest, make_targets, search_forest
 from w2sjax.pipeline.manifests import stage_facts
 from w2sjax.pipeline.processes import Processes

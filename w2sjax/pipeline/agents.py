@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from w2sjax import models, parallel
 from w2sjax.chat import ChatTemplate
 from w2sjax.checkpoints import load_params, save_params
-from w2sjax.pipeline.episodes import without_ids
+from w2sjax.pipeline.blocks import without_ids
 from w2sjax.pipeline.manifests import Stage
 from w2sjax.pipeline.storage import filled_locally
 from w2sjax.types import Policy, Trajectory

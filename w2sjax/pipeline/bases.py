@@ -13,7 +13,8 @@ from etils import epath
 from w2sjax.chat import ChatTemplate, load_tokenizer, save_tokenizer, train_bpe
 from w2sjax.envs import PlayRequest
 from w2sjax.pipeline.agents import Agent, fingerprint, is_checkpoint
-from w2sjax.pipeline.episodes import EPISODES, Episodes, join_episodes, read_episodes
+from w2sjax.pipeline.blocks import EPISODES, join_episodes, read_episodes
+from w2sjax.pipeline.episodes import Episodes
 from w2sjax.pipeline.manifests import Stage
 from w2sjax.pipeline.stages import Stages
 from w2sjax.pipeline.storage import filled_locally, read_locally, write_json

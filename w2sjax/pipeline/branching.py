@@ -20,7 +20,7 @@ import numpy as np
 from etils import epath
 
 from w2sjax import search
-from w2sjax.pipeline.episodes import (
+from w2sjax.pipeline.blocks import (
     EPISODES,
     episode_facts,
     join_episodes,

@@ -15,7 +15,7 @@ from etils import epath
 
 from w2sjax.config import PREFERENCE_METHODS, SFT_METHODS
 from w2sjax.pipeline import forest as forests
-from w2sjax.pipeline.episodes import EPISODES
+from w2sjax.pipeline.blocks import EPISODES
 from w2sjax.pipeline.manifests import MANIFEST
 from w2sjax.pipeline.storage import load_arrays, whole_file, write_json
 from w2sjax.sampling import dump_trajectories, read_trajectories

@@ -31,14 +31,9 @@ from w2sjax.envs import PlayRequest, make_env
 from w2sjax.pipeline import forest as forests
 from w2sjax.pipeline.agents import Agent
 from w2sjax.pipeline.bases import make_agents
+from w2sjax.pipeline.blocks import given_episodes, join_episodes, read_episodes, write_episodes
 from w2sjax.pipeline.branching import in_rounds, join_rounds, sample_rounds
-from w2sjax.pipeline.episodes import (
-    Episodes,
-    given_episodes,
-    join_episodes,
-    read_episodes,
-    write_episodes,
-)
+from w2sjax.pipeline.episodes import Episodes
 from w2sjax.pipeline.manifests import CACHE, Stage, claim_workdir, stage_facts
 from w2sjax.pipeline.processes import Processes, agree
 from w2sjax.pipeline.stages import Stages
