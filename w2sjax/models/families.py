@@ -271,9 +271,10 @@ class Tensor(NamedTuple):
         return theirs.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
     def to_theirs(self, ours: np.ndarray) -> np.ndarray:
-        """Our array of one layer in their layout."""
+        """Our array of one layer, or a part of it, in their layout."""
         order = [axis for group in self.axes for axis in group]
-        return ours.transpose(order).reshape(self.their_shape)
+        shape = [math.prod(ours.shape[axis] for axis in group) for group in self.axes]
+        return ours.transpose(order).reshape(shape)
 
 
 def tensors(config: ModelConfig) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Checkpoints in Hugging Face's format, in and out: a directory with config.json and safetensors.
 
 Tensors are streamed. Reading goes piece by piece from the file to the shards that live on this
-host's devices; writing takes one tensor at a time off them, straight to the file. Nothing but
+host's devices; writing takes them off in pieces, straight to the file. Nothing but
 safetensors is read.
 """
 
@@ -21,7 +21,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
 from w2sjax.models.config import ModelConfig
@@ -31,7 +31,7 @@ from w2sjax.models.transformer import PARTITION_RULES
 from w2sjax.parallel import Rules, make_mesh, param_shardings, path_name
 
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-_PIECE_BYTES = 2**25  # least memory that matters: tensors are read in pieces of about this size
+_PIECE_BYTES = 2**22  # tensors are read and written in pieces of about this size
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # Tensors that may be there and say nothing new.
 _IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
@@ -262,7 +262,7 @@ def save_hf(
     """Writes a checkpoint directory that transformers, and what builds on it, loads.
 
     The directory appears when it is whole. On several hosts all must call this; the first writes.
-    Host memory: the largest tensor, twice.
+    Host memory: a few MB; on several hosts, each has one tensor at a time whole on its devices.
 
     Args:
       path: the directory, which must not exist.
@@ -314,10 +314,23 @@ class _Outgoing(NamedTuple):
     def nbytes(self) -> int:
         return math.prod(self.tensor.shape) * self.leaf.dtype.itemsize
 
-    def array(self) -> np.ndarray:
-        """The tensor in their layout, whole on every host."""
-        ours = self.leaf if self.layer is None else self.leaf[self.layer]
-        return np.ascontiguousarray(self.tensor.to_theirs(_whole(ours)))
+    def pieces(self) -> Iterator[np.ndarray]:
+        """The tensor in their layout, row by row of theirs, the same on every host."""
+        shards = _shards(self.leaf if self.layer is None else self.leaf[self.layer])
+        shape = self.tensor.shape
+        axis = self.tensor.axes[0][0]  # the one that runs slowest in the file
+        step = max(1, _PIECE_BYTES * shape[axis] // max(1, self.nbytes))
+        for start in range(0, shape[axis], step):
+            stop = min(start + step, shape[axis])
+            ours = np.empty((*shape[:axis], stop - start, *shape[axis + 1 :]), self.leaf.dtype)
+            for index, data in shards:
+                low, high, _ = index[axis].indices(shape[axis])
+                first, last = max(start, low), min(stop, high)
+                if first < last:
+                    here = slice(first - start, last - start)
+                    within = (*index[:axis], here, *index[axis + 1 :])
+                    ours[within] = _cut(data, first - low, last - first, axis)
+            yield np.ascontiguousarray(self.tensor.to_theirs(ours))
 
 
 def _their_tensors(config: ModelConfig, params: chex.ArrayTree) -> list[_Outgoing]:
@@ -340,19 +353,25 @@ def _their_tensors(config: ModelConfig, params: chex.ArrayTree) -> list[_Outgoin
     return found
 
 
-def _whole(array: chex.Array) -> np.ndarray:
-    """All of an array, also where its shards lie on several hosts."""
+def _shards(array: chex.Array) -> list[tuple[tuple[slice, ...], chex.Array]]:
+    """What makes up an array, with where it lies, none of it on the host's side yet."""
     if not isinstance(array, jax.Array):
-        return np.asarray(array)
-    if not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
+        return [((slice(None),) * array.ndim, array)]
+    if not array.is_fully_addressable:  # shards lie on several hosts: each gets them all
+        array = jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+        return [(shard.index, shard.data) for shard in array.addressable_shards[:1]]
+    return [(s.index, s.data) for s in array.addressable_shards if s.replica_id == 0]
 
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    whole = np.empty(array.shape, array.dtype)
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:  # of a copy, since an array keeps what it gave the host
-            whole[shard.index] = shard.data.copy()
-    return whole
+
+def _cut(array: chex.Array, start: int, size: int, axis: int) -> np.ndarray:
+    if isinstance(array, jax.Array):
+        return np.asarray(_slice(array, start, size=size, axis=axis))
+    return array[(*[slice(None)] * axis, slice(start, start + size))]
+
+
+@functools.partial(jax.jit, static_argnames=("size", "axis"))
+def _slice(array: jax.Array, start: chex.Numeric, *, size: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
 def _write_tensors(
@@ -381,7 +400,7 @@ def _write_tensors(
 
 
 def _write_file(path: Path, outgoing: Sequence[_Outgoing]) -> None:
-    """Writes safetensors: the header's size (uint64), the header (JSON), then tensor by tensor."""
+    """Writes safetensors: the header's size (uint64), the header (JSON), then piece by piece."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for one in outgoing:
@@ -396,4 +415,5 @@ def _write_file(path: Path, outgoing: Sequence[_Outgoing]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for one in outgoing:
-            file.write(one.array().reshape(-1).view(np.uint8).data)
+            for piece in one.pieces():
+                file.write(piece.reshape(-1).view(np.uint8).data)
