@@ -3,13 +3,14 @@
     python benchmarks/search.py [--quick] [--json FILE]
 
 Chain removal is part of this library's time and of the numba loop's tables. Peers: `python` is UCT
-over a Python object per node, as the reference code has it (timed on at most 64 trees and scaled
-up); `mctx` is `muzero_policy` with the same trees as look-up tables (timed on at most 512), another
-algorithm: it ends each simulation at a new node, and its trees grow; equal numbers of simulations
-are compared, not equal results; `numba` is one thread of compiled loops over the compressed trees,
-and is left out where numba is not installed. The host's cores are shown to JAX as devices and the
-tasks are split over them by `shard_map`, as a user would. Times are medians, warm. Visit counts are
-checked against Python's before anything is timed.
+as one writes it, a Python object per node that scores itself (timed on at most 64 trees and scaled
+up); `tight_python` is the same with all calls inlined by hand; `mctx` is `muzero_policy` with the
+same trees as look-up tables (timed on at most 512), another algorithm: it ends each simulation at a
+new node, and its trees grow; equal numbers of simulations are compared, not equal results; `numba`
+is one thread of compiled loops over the compressed trees, and is left out where numba is not
+installed. The host's cores are shown to JAX as devices and the tasks are split over them by
+`shard_map`, as a user would; their trees lie there, where building so split leaves them. Times are
+medians, warm. Visit counts are checked against Python's before anything is timed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import functools
 import json
 import math
 import os
+import statistics
+import time
 from collections.abc import Iterator
 
 os.environ.setdefault(
@@ -29,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import mctx
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from trees import (
     MAX_NODES,
     ROLLOUTS,
@@ -45,10 +48,50 @@ from trees import (
 from w2sjax import search, trees
 
 WEIGHT = 1.41
+PEERS = ("python", "tight_python", "mctx", "numba")
 
 
-def search_python(root: Node, simulations: int) -> None:
-    """UCT over `Node`s; stopping is a choice in front of the children."""
+class SearchNode:
+    """A node that scores itself; stopping is a child in front of the others."""
+
+    def __init__(self, node: Node, parent: SearchNode | None = None, *, stop: bool = False):
+        self.parent, self.visits, self.value_sum = parent, 0, 0.0
+        self.value = node.terminal_return_sum / max(1, node.terminal_count)
+        self.children: list[SearchNode] = []
+        if node.children and not stop:
+            if node.terminal_count:
+                self.children.append(SearchNode(node, self, stop=True))
+            self.children += [SearchNode(child, self) for child in node.children.values()]
+
+    def score(self) -> float:
+        """UCT: how much this child of its parent promises."""
+        if self.visits == 0:
+            return math.inf
+        spread = math.sqrt(math.log(self.parent.visits) / self.visits)
+        return self.value_sum / self.visits + WEIGHT * spread
+
+    def best_child(self) -> SearchNode:
+        """The child of highest score, the first of equals."""
+        return max(self.children, key=lambda child: child.score())
+
+
+def search_python(root: SearchNode, simulations: int) -> None:
+    """UCT over `SearchNode`s."""
+    for _ in range(simulations):
+        node = root
+        while node.children:
+            node = node.best_child()
+        value = node.value
+        while node is not None:
+            node.visits += 1
+            node.value_sum += value
+            node = node.parent
+
+
+def search_tight(root: Node, simulations: int) -> None:
+    """UCT over the nodes of a build, in one function; stopping is a choice in front of the
+    children.
+    """
     stops: dict[Node, list[float]] = {}
     for _ in range(simulations):
         node, path = root, [root]
@@ -96,10 +139,23 @@ def our_search(simulations: int, form: str, devices: int):
     """The jitted search of a batch, its tasks split over devices."""
     run = jax.vmap(functools.partial(search.run_mcts, num_simulations=simulations, form=form))
     if devices > 1:
-        mesh = jax.make_mesh((devices,), ("task",), axis_types=(AxisType.Auto,))
         spec = PartitionSpec("task")
-        run = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+        run = jax.shard_map(
+            run, mesh=task_mesh(devices), in_specs=spec, out_specs=spec, check_vma=False
+        )
     return jax.jit(run)
+
+
+def task_mesh(devices: int) -> jax.sharding.Mesh:
+    """The first devices in a row, to split tasks over."""
+    return jax.make_mesh((devices,), ("task",), axis_types=(AxisType.Auto,))
+
+
+def over_devices(tree: trees.TrajectoryTree, devices: int) -> trees.TrajectoryTree:
+    """The trees where a build split over the devices leaves them."""
+    if devices == 1:
+        return tree
+    return jax.device_put(tree, NamedSharding(task_mesh(devices), PartitionSpec("task")))
 
 
 def mctx_search(tree: trees.TrajectoryTree, simulations: int):
@@ -201,8 +257,13 @@ def check_exact(tasks: list, returns: np.ndarray, simulations: int) -> int:
     equal = 0
     for b, (rollouts, row) in enumerate(zip(tasks, returns.tolist(), strict=True)):
         root = build_python(rollouts, row)
-        search_python(root, simulations)
+        scoring = SearchNode(root)
+        search_python(scoring, simulations)
+        search_tight(root, simulations)
         wanted = [node.visits for node in in_order(root)]
+        assert [child.visits for child in root.children.values()] == [
+            child.visits for child in scoring.children[-len(root.children) :]
+        ]
         equal += visits[b, : len(wanted)].tolist() == wanted
     return equal
 
@@ -214,21 +275,29 @@ def compare(num_tasks: int, simulations: int, repeats: int) -> dict[str, float]:
     tree = jax.block_until_ready(build_many(keys.step_keys, keys.lengths, returns))
     sample = min(num_tasks, 64)
 
-    def python() -> None:
-        for rollouts, row in zip(tasks[:sample], returns[:sample].tolist(), strict=True):
-            search_python(build_python(rollouts, row), simulations)
+    def all_tasks(prepare, play) -> float:
+        """Milliseconds for all tasks of what `play` does with what `prepare` makes of a build."""
+        took = []
+        for _ in range(3):
+            roots = [
+                prepare(build_python(*x))
+                for x in zip(tasks[:sample], returns[:sample].tolist(), strict=True)
+            ]
+            start = time.perf_counter()
+            for root in roots:
+                play(root, simulations)
+            took.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(took) * num_tasks / sample
 
     def timed(form: str, devices: int) -> float:
         run = our_search(simulations, form, devices)
-        return median_ms(lambda: jax.block_until_ready(run(tree)), repeats)
+        there = over_devices(tree, devices)
+        return median_ms(lambda: jax.block_until_ready(run(there)), repeats)
 
-    build = median_ms(
-        lambda: [
-            build_python(*x) for x in zip(tasks[:sample], returns[:sample].tolist(), strict=True)
-        ],
-        repeats,
-    )
-    result = {"python_ms": (median_ms(python, 3) - build) * num_tasks / sample}
+    result = {
+        "python_ms": all_tasks(SearchNode, search_python),
+        "tight_python_ms": all_tasks(lambda root: root, search_tight),
+    }
     # mctx's own tree has a node per simulation: 8,192 × 1,000 of them would take minutes.
     timed_tasks = min(num_tasks, 512)
     part = jax.tree.map(lambda x: x[:timed_tasks], tree)
@@ -240,7 +309,7 @@ def compare(num_tasks: int, simulations: int, repeats: int) -> dict[str, float]:
     result["parallel_ms"] = timed("parallel", 1)
     result["sequential_ms"] = timed("sequential", 1)
     result["ours_ms"] = timed("parallel", len(jax.devices()))
-    for peer in ("python", "mctx", "numba"):
+    for peer in PEERS:
         if f"{peer}_ms" in result:
             result[f"vs_{peer}"] = result[f"{peer}_ms"] / result["ours_ms"]
     return result
@@ -330,7 +399,8 @@ def main() -> None:
         settings = [(64, 256), (512, 256), (8192, 256), (64, 1000), (512, 1000), (8192, 1000)]
     results = {}
     for num_tasks, simulations in settings:
-        result = compare(num_tasks, simulations, 3)
+        repeats = 21 if num_tasks <= 512 else 3
+        result = compare(num_tasks, simulations, repeats)
         results[f"{num_tasks}x{simulations}"] = result
         print(f"{num_tasks} tasks × {simulations} simulations on {len(jax.devices())} devices:")
         print("  " + ", ".join(f"{name} {value:.1f}" for name, value in result.items()), flush=True)
@@ -349,7 +419,7 @@ def main() -> None:
         main_setting = results["512x256"]
         ratios = {
             f"mcts_vs_{peer}": main_setting[f"vs_{peer}"]
-            for peer in ("python", "mctx", "numba")
+            for peer in PEERS
             if f"vs_{peer}" in main_setting
         }
         data = {"ratios": ratios, "settings": results, "steps": steps, "scaling": curves}

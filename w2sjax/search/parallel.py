@@ -12,6 +12,11 @@ k + height steps. By then every branching has played visits that nobody asked fo
 queue, and those that the visits of its parent that nobody asked for took. They are taken back,
 latest first, for which each branching notes its latest 2·depth choices, a few bits each.
 
+XLA copies what a step of a loop still reads when its new value is there. So a step carries nothing
+that follows from the rest: the choice of the coming visit is the latest one noted, and visits are
+the sum of counts. Returns of a few steps are added up plainly and then, corrected for rounding, to
+the sums.
+
 Memory is in the size of the tables. Every branching plays as fast as its parent may ask, also where
 search would hardly have come to: more work than one simulation at a time, in far fewer steps, each
 a few long vector operations. Most branchings have two choices, so tables are grouped by width.
@@ -29,12 +34,13 @@ import jax.numpy as jnp
 from w2sjax.search.scores import add_compensated, puct, uct
 from w2sjax.trees.compress import BranchTable
 
+_STEPS = 64  # whose returns are added up plainly, where floats are short
 _QUEUE = 2  # returns that a branching keeps ready; with one, every second step would be idle
 _NOTHING = -1
 _FEW = 2**11  # choices, padding included
 _SMALL = 16  # branchings in a tree, padding included
 _UNROLLED = 4  # choices up to which code is written out row by row
-_MOST_IN_ROUNDS = 32  # choices up to which the best is found by rounds of comparisons
+_MOST_IN_ROUNDS = 32  # choices up to which rows are added, and the best found, vector by vector
 
 
 class Group(NamedTuple):
@@ -96,11 +102,9 @@ class _Table(NamedTuple):
 class _Bandits(NamedTuple):
     """What a group's branchings remember."""
 
-    pick: chex.Array  # int32 [n], the choice of the coming visit
     count: chex.Array  # float [w, n]
-    total: chex.Array  # float [w, n], sum of returns
-    carry: chex.Array  # float [w, n], rounding of the sums
-    history: chex.Array  # uint32 [words, n], the latest choices
+    recent: chex.Array  # float [w, n], sum of the latest returns
+    history: chex.Array  # uint32 [words, n], the latest choices, that of the coming visit first
 
 
 class _Queues(NamedTuple):
@@ -109,10 +113,6 @@ class _Queues(NamedTuple):
     front: chex.Array  # float [L], the next return
     second: chex.Array  # float [L], the one after
     ready: chex.Array  # int32 [L], how many there are
-    visits: chex.Array  # int32 [L], visits played
-    source: chex.Array  # int32 [L], where the coming visit takes its return from
-    end_value: chex.Array  # float [L], or what it returns, where it ends
-    factor: chex.Array | None  # float [L], the coming visit's discount
 
 
 def slot_visits(
@@ -193,79 +193,95 @@ def slot_visits(
         tables.append(_Table(valid, source, end_value, factor, prior))
         start += columns
 
-    def scores(table, j, bandits, visits):
-        total, count = bandits.total[j], bandits.count[j]
-        if table.prior is None:
-            score = uct(total, count, visits, exploration_weight)
-        else:
-            score = puct(total, count, visits, exploration_weight, table.prior[j])
-        return jnp.where(table.valid[j], score, -jnp.inf)
-
-    def play(table, bandits, active, value, visits):
-        """The visits of one step, and the choices of the next."""
-        choice = jnp.arange(table.valid.shape[0], dtype=jnp.int32)[:, None]
-        chosen = (choice == bandits.pick) & active
-        total, carry = add_compensated(bandits.total, bandits.carry, value)
-        bandits = _Bandits(
-            pick=bandits.pick,
-            count=bandits.count + chosen,
-            total=jnp.where(chosen, total, bandits.total),
-            carry=jnp.where(chosen, carry, bandits.carry),
-            history=_note(bandits.history, bandits.pick, len(choice), active),
-        )
-        if len(choice) > _UNROLLED:
-            pick = _first_best(scores(table, slice(None), bandits, visits))
-            return bandits._replace(pick=pick)
-        # Row by row, so that each row is one long vector.
-        best = scores(table, 0, bandits, visits)
-        pick = jnp.zeros(best.shape, jnp.int32)
-        for j in range(1, len(choice)):
-            score = scores(table, j, bandits, visits)
-            better = score > best
-            best = jnp.where(better, score, best)
-            pick = jnp.where(better, j, pick)
-        return bandits._replace(pick=pick)
+    def pick_of(table, bandits):
+        return _latest(bandits.history, len(table.valid))
 
     def of_picks(name, all_bandits):
-        parts = [getattr(t, name) for t in tables]
-        if parts[0] is None:
+        if getattr(tables[0], name) is None:
             return None
-        picks = [bandits.pick for bandits in all_bandits]
-        return jnp.concatenate([_row(pick, part) for pick, part in zip(picks, parts, strict=True)])
+        return jnp.concatenate(
+            [
+                _row(pick_of(table, bandits), getattr(table, name))
+                for table, bandits in zip(tables, all_bandits, strict=True)
+            ]
+        )
 
-    def advance(_, state):
+    def scores(table, j, total, count, visits):
+        if table.prior is None:
+            score = uct(total[j], count[j], visits, exploration_weight)
+        else:
+            score = puct(total[j], count[j], visits, exploration_weight, table.prior[j])
+        return jnp.where(table.valid[j], score, -jnp.inf)
+
+    def play(table, bandits, older, active, value):
+        """The visits of one step, and the choices of the next."""
+        width = len(table.valid)
+        choice = jnp.arange(width, dtype=jnp.int32)[:, None]
+        chosen = (choice == pick_of(table, bandits)) & active
+        count = bandits.count + chosen
+        recent = bandits.recent + jnp.where(chosen, value, 0)
+        rest = (older + recent, count, _sum_rows(count))
+        if width > _UNROLLED:
+            pick = _first_best(scores(table, slice(None), *rest))
+        else:
+            # Row by row, so that each row is one long vector.
+            best = scores(table, 0, *rest)
+            pick = jnp.zeros(best.shape, jnp.int32)
+            for j in range(1, width):
+                score = scores(table, j, *rest)
+                better = score > best
+                best = jnp.where(better, score, best)
+                pick = jnp.where(better, j, pick)
+        return _Bandits(count, recent, _note(bandits.history, pick, width, active))
+
+    def advance(sums, state):
+        """One step; `sums`: what the recent returns come on top of."""
         queues, all_bandits = state
-        source = queues.source
+        source = of_picks("source", all_bandits)
         active = (_take(queues.ready, source) > 0) & (queues.ready < _QUEUE)
-        value = jnp.where(source == nobody, queues.end_value, _take(queues.front, source))
+        end_value = of_picks("end_value", all_bandits)
+        value = jnp.where(source == nobody, end_value, _take(queues.front, source))
         if discounted:
-            value = value * queues.factor
+            value = value * of_picks("factor", all_bandits)
         taken = _take(jnp.where(active, source, _NOTHING), parent) == own
         left = queues.ready - taken
         front = jnp.where(taken, queues.second, queues.front)
-        visits = queues.visits + active
-        ready = jnp.where(is_root, _QUEUE * (visits >= num_simulations), left + active)
-        total_visits = visits.astype(dtype)
         new, start = [], 0
-        for table, bandits in zip(tables, all_bandits, strict=True):
+        for table, bandits, older in zip(tables, all_bandits, sums, strict=True):
             at = slice(start, start + table.valid.shape[1])
-            new.append(play(table, bandits, active[at], value[at], total_visits[at]))
+            new.append(play(table, bandits, older, active[at], value[at]))
             start = at.stop
+        visits = jnp.concatenate([_sum_rows(bandits.count) for bandits in new])
+        ready = jnp.where(is_root, _QUEUE * (visits >= num_simulations), left + active)
         queues = _Queues(
             front=jnp.where(active & (left == 0), value, front),
             second=jnp.where(active, value, queues.second),
             ready=ready.astype(jnp.int32),
-            visits=visits,
-            **{name: of_picks(name, new) for name in ("source", "end_value", "factor")},
         )
         return queues, tuple(new)
 
     def first(table):
+        zeros = jnp.zeros(table.valid.shape, dtype)
         width, columns = table.valid.shape
-        zeros = jnp.zeros((width, columns), dtype)
-        words = -(-_QUEUE * max_depth // _choices_per_word(width)) or 1
-        history = jnp.zeros((words, columns), jnp.uint32)
-        return _Bandits(jnp.zeros((columns,), jnp.int32), zeros, zeros, zeros, history)
+        words = -(-(_QUEUE * max_depth + 1) // _choices_per_word(width))
+        return _Bandits(zeros, zeros, jnp.zeros((words, columns), jnp.uint32))
+
+    def advance_some(block, carried):
+        """Up to `block_steps` steps, and their returns into the sums."""
+        queues, all_bandits, sums, carries = carried
+        number = jnp.minimum(steps - block * block_steps, block_steps)
+        queues, all_bandits = jax.lax.fori_loop(
+            0, number, lambda _, state: advance(sums, state), (queues, all_bandits)
+        )
+        new = [
+            add_compensated(total, carry, bandits.recent)
+            for total, carry, bandits in zip(sums, carries, all_bandits, strict=True)
+        ]
+        sums, carries = map(tuple, zip(*new, strict=True))
+        all_bandits = tuple(
+            bandits._replace(recent=jnp.zeros_like(bandits.recent)) for bandits in all_bandits
+        )
+        return queues, all_bandits, sums, carries
 
     all_bandits = tuple(map(first, tables))
     idle = ~exists | (is_root & (num_simulations == 0))
@@ -273,11 +289,15 @@ def slot_visits(
         front=jnp.zeros((length,), dtype),
         second=jnp.zeros((length,), dtype),
         ready=jnp.where(idle, _QUEUE, 0).astype(jnp.int32),
-        visits=jnp.zeros((length,), jnp.int32),
-        **{name: of_picks(name, all_bandits) for name in ("source", "end_value", "factor")},
     )
+    zeros = tuple(bandits.recent for bandits in all_bandits)
     steps = num_simulations + jnp.max(_depths(parent, nobody, max_depth))
-    queues, all_bandits = jax.lax.fori_loop(0, steps, advance, (queues, all_bandits))
+    # In float64 all sums are plain, as Python's.
+    block_steps = steps if dtype == jnp.float64 else _STEPS
+    blocks = jnp.maximum(steps + block_steps - 1, 0) // jnp.maximum(block_steps, 1)
+    queues, all_bandits, *_ = jax.lax.fori_loop(
+        0, blocks, advance_some, (queues, all_bandits, zeros, zeros)
+    )
 
     def take_back(state):
         owed, all_bandits = state
@@ -285,11 +305,11 @@ def slot_visits(
         new, start = [], 0
         for table, bandits in zip(tables, all_bandits, strict=True):
             width, columns = table.valid.shape
-            pick, history = _recall(bandits.history, width, returning[start : start + columns])
-            undone = jnp.arange(width, dtype=jnp.int32)[:, None] == pick
-            undone &= returning[start : start + columns]
-            count = bandits.count - undone
-            new.append(bandits._replace(pick=pick, count=count, history=history))
+            here = returning[start : start + columns]
+            history = _forget(bandits.history, width, here)
+            choice = jnp.arange(width, dtype=jnp.int32)[:, None]
+            undone = (choice == _latest(history, width)) & here
+            new.append(bandits._replace(count=bandits.count - undone, history=history))
             start += columns
         source = jnp.where(returning, of_picks("source", new), _NOTHING)
         given_back = _take(source, parent) == own
@@ -350,6 +370,16 @@ def _depths(parent: chex.Array, nobody: int, max_depth: int) -> chex.Array:
     return depth
 
 
+def _sum_rows(x: chex.Array) -> chex.Array:
+    """Sum over the rows of [w, n]; where they are few, one after the other, as long vectors."""
+    if len(x) > _MOST_IN_ROUNDS:
+        return jnp.sum(x, axis=0)
+    total = x[0]
+    for row in x[1:]:
+        total = total + row
+    return total
+
+
 def _bits(width: int) -> int:
     return (width - 1).bit_length()
 
@@ -358,8 +388,13 @@ def _choices_per_word(width: int) -> int:
     return 32 // _bits(width)
 
 
+def _latest(history: chex.Array, width: int) -> chex.Array:
+    """The latest choice, int32 [n]: at the low end of the first word."""
+    return (history[0] & jnp.uint32(2 ** _bits(width) - 1)).astype(jnp.int32)
+
+
 def _note(history: chex.Array, pick: chex.Array, width: int, active: chex.Array) -> chex.Array:
-    """Adds the latest choice of active branchings, at the low end of the first word."""
+    """The history with one more choice where active."""
     bits, last = _bits(width), _bits(width) * (_choices_per_word(width) - 1)
     mask = jnp.uint32(2**bits - 1)
     moving = (history[:-1] >> last) & mask
@@ -367,11 +402,10 @@ def _note(history: chex.Array, pick: chex.Array, width: int, active: chex.Array)
     return jnp.where(active, (history << bits) | moving, history)
 
 
-def _recall(history: chex.Array, width: int, active: chex.Array) -> tuple[chex.Array, chex.Array]:
-    """The latest choice, int32 [n], and the history without it where active: undoes `_note`."""
+def _forget(history: chex.Array, width: int, active: chex.Array) -> chex.Array:
+    """The history without its latest choice where active: undoes `_note`."""
     bits, last = _bits(width), _bits(width) * (_choices_per_word(width) - 1)
     mask = jnp.uint32(2**bits - 1)
-    pick = (history[0] & mask).astype(jnp.int32)
     moving = jnp.concatenate([history[1:] & mask, jnp.zeros_like(history[:1])]) << last
     older = (history >> bits) & jnp.uint32(2**last - 1)
-    return pick, jnp.where(active, older | moving, history)
+    return jnp.where(active, older | moving, history)
