@@ -95,6 +95,20 @@ def test_proposals_are_shorter_and_keep_the_order():
     assert list(scienceworld_trim.proposals("boil", plan[:12])) == []
 
 
+def test_a_long_look_at_one_thing_is_waited_through():
+    """A block that slides for 700 steps has to be seen at the bottom, once."""
+    actions = [
+        "move block to plane",
+        *["look at plane"] * 42,
+        *["look at floor"] * 2,
+        "focus on it",
+    ]
+    plan = [Played(action, "", "Done.") for action in actions]
+    (shorter,) = scienceworld_trim.proposals("inclined-plane-determine-angle", plan)
+    waiting = ["wait"] * 5 + ["look at plane"]
+    assert shorter == ["move block to plane", *waiting, *["look at floor"] * 2, "focus on it"]
+
+
 @pytest.mark.parametrize(
     "deviations",
     [

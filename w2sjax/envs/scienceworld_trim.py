@@ -1,7 +1,8 @@
 """Ways to make a plan for ScienceWorld shorter. Each proposal still has to be played to see it win.
 
 The package's gold player tries doors that are open, looks into rooms for nothing, measures
-temperatures while it waits, and waits one step at a time where `wait` waits for ten.
+temperatures while it waits, and waits one step at a time, or looks at a sliding block 700 times,
+where `wait` waits for ten steps.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 SLIPS = ("No known action", "Unknown action", "It's not clear", "That request")
 WAIT, WAIT_ONE, LOOK, TELEPORT = "wait", "wait1", "look around", "teleport to "
+_LOOK_AT = "look at "
 # Tasks that are won by a change of state, whatever was measured on the way.
 _CHANGES_OF_STATE = ("boil", "change-the-state-of-matter-of", "freeze", "melt")
 _NOTHING = re.compile(
@@ -20,7 +22,9 @@ _NOTHING = re.compile(
 )
 _MEASURING = re.compile(r"examine .*|use thermometer .*|look around|wait1?")
 _MAX_RUNS = 4
-_TICKS = {WAIT: 10, WAIT_ONE: 1}  # of the simulator's clock; looks and examinations are free
+_LONG = 3  # actions that are worth one `wait`
+# Of the simulator's clock; looks around and examinations are free, `look at` takes one.
+_TICKS = {WAIT: 10, WAIT_ONE: 1}
 
 
 class Played(NamedTuple):
@@ -45,7 +49,7 @@ def proposals(task: str, plan: Sequence[Played]) -> Iterator[list[str]]:
             *rules,
         ]
     rules += [lambda: _with_long_waits(actions, None)]
-    runs = sum(is_wait for is_wait, _ in groupby(actions, key=WAIT_ONE.__eq__))
+    runs = sum(map(_is_long_wait, _runs(actions)))
     if runs <= _MAX_RUNS:  # each proposal is played, and one of the long tasks takes seconds
         rules += [lambda run=run: _with_long_waits(actions, run) for run in range(runs)]
     seen = [actions]
@@ -105,15 +109,26 @@ def _is_measuring(action: str) -> bool:
     return _MEASURING.fullmatch(action) is not None
 
 
+def _runs(actions: Sequence[str]) -> list[list[str]]:
+    """Equal actions in a row."""
+    return [list(run) for _, run in groupby(actions)]
+
+
+def _is_long_wait(run: Sequence[str]) -> bool:
+    return len(run) >= _LONG and (run[0] == WAIT_ONE or run[0].startswith(_LOOK_AT))
+
+
 def _with_long_waits(actions: Sequence[str], only: int | None) -> list[str]:
-    """Runs of at least three `wait1`, or one of them, as the `wait` that covers them."""
+    """Long runs of `wait1` or of looks at one thing, or one such run, as the `wait` that covers
+    them, with one look at the end.
+    """
     kept: list[str] = []
-    run_index = 0
-    for is_wait, run in groupby(actions, key=WAIT_ONE.__eq__):
-        run = list(run)
-        if is_wait:
-            if len(run) >= 3 and only in (None, run_index):
-                run = [WAIT] * -(-len(run) // _TICKS[WAIT])
-            run_index += 1
+    index = 0
+    for run in _runs(actions):
+        if _is_long_wait(run):
+            if only in (None, index):
+                look = run[-1:] if run[0] != WAIT_ONE else []
+                run = [WAIT] * -(-(len(run) - len(look)) // _TICKS[WAIT]) + look
+            index += 1
         kept += run
     return kept
