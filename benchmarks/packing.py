@@ -1,7 +1,7 @@
 """What does tree packing gain? Steps on whole tries against steps on single trajectories, and TRL.
 
     python benchmarks/packing.py [--quick] [--json FILE] [--episodes FILE]
-        [--sizes s,m] [--leaves 2,16] [--parts leaves,deep,real,trl]
+        [--sizes s,m] [--leaves 2,16] [--parts leaves,deep,real,trl] [--rounds 5]
 
 **Against this library's own unpacked batches** (`packing="none"`: a row per trajectory, attention
 without L × L scores, output layer on learned tokens alone): forward, backward, clip, AdamW in
@@ -411,8 +411,10 @@ def main() -> None:
     parser.add_argument("--sizes", help="models, of s (5 M) and m (30 M), with commas between")
     parser.add_argument("--leaves", help="leaves of the made-up trees, with commas between")
     parser.add_argument("--parts", help="of leaves, deep, real and trl, with commas between")
+    parser.add_argument("--rounds", type=int, help="how often each contender is timed")
     arguments = parser.parse_args()
-    quick, rounds = arguments.quick, 3 if arguments.quick else 5
+    quick = arguments.quick
+    rounds = arguments.rounds or (3 if quick else 5)
     parts = (arguments.parts or ("leaves,real,trl" if quick else ",".join(PARTS))).split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: {min(unknown)!r} is none of {', '.join(PARTS)}")
@@ -440,7 +442,7 @@ def main() -> None:
         ] + real
         data["sizes"][size] = [measure(config, workload, rounds) for workload in workloads]
         if "trl" in parts and not on_gpu:
-            data["trl"][size] = against_trl(size, leaves=16, rounds=2 if quick else rounds)
+            data["trl"][size] = against_trl(size, leaves=16, rounds=min(rounds, 2) if quick else rounds)
     if real:
         data["host_tokens_per_s"] = host_rate(real)
         print(f"laying out: {data['host_tokens_per_s'] / 1e6:.1f} M tokens/s", flush=True)
