@@ -442,7 +442,8 @@ def main() -> None:
         ] + real
         data["sizes"][size] = [measure(config, workload, rounds) for workload in workloads]
         if "trl" in parts and not on_gpu:
-            data["trl"][size] = against_trl(size, leaves=16, rounds=min(rounds, 2) if quick else rounds)
+            trl_rounds = min(rounds, 2) if quick else rounds
+            data["trl"][size] = against_trl(size, leaves=16, rounds=trl_rounds)
     if real:
         data["host_tokens_per_s"] = host_rate(real)
         print(f"laying out: {data['host_tokens_per_s'] / 1e6:.1f} M tokens/s", flush=True)
