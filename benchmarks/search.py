@@ -377,9 +377,9 @@ def scaling(quick: bool) -> Iterator[tuple[str, dict[str, float]]]:
         return keys, returns
 
     usual = base(512, ROLLOUTS)
-    sizes = [64, 512, 4096] if quick else [64, 512, 4096, 16384, 62500]
-    simulations = [64, 256] if quick else [64, 256, 1024, 4096]
-    rollouts = [16] if quick else [16, 64, 256, 1024]
+    sizes = [512, 4096] if quick else [64, 512, 4096, 16384, 62500]
+    simulations = [64] if quick else [64, 256, 1024, 4096]
+    rollouts = [] if quick else [16, 64, 256, 1024]
     yield from (("simulations", point(usual, 512, number)) for number in simulations)
     yield from (("rollouts", point(base(64, number), 64, 256)) for number in rollouts)
     yield from (("tasks", point(usual, size, 256)) for size in sizes)
