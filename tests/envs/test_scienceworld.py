@@ -95,6 +95,18 @@ def test_proposals_are_shorter_and_keep_the_order():
     assert list(scienceworld_trim.proposals("boil", plan[:12])) == []
 
 
+def test_a_question_stays_or_goes_with_its_answer():
+    """Left alone, a question takes the next action for its answer, and nothing happens."""
+    asked, failed = "Ambiguous request: Please enter the number", "No known action matches"
+    steps = [("move pea to jar", asked), ("0", "You move the pea."), ("move pea to pot", asked)]
+    steps += [("move seed to pot", failed), ("0", failed), ("activate sink", "It is activated.")]
+    steps += [(f"pour jug into pot {index}", "You pour.") for index in range(9)]
+    plan = [Played(action, "", reply) for action, reply in steps]
+    shorter = next(scienceworld_trim.proposals("mendelian-genetics-known-plant", plan))
+    kept = [action for action, _ in (*steps[:2], *steps[5:])]
+    assert shorter == kept
+
+
 def test_a_long_look_at_one_thing_is_waited_through():
     """A block that slides for 700 steps has to be seen at the bottom, once."""
     actions = [

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 SLIPS = ("No known action", "Unknown action", "It's not clear", "That request")
+_QUESTION = "Ambiguous request"
 WAIT, WAIT_ONE, LOOK, TELEPORT = "wait", "wait1", "look around", "teleport to "
 _LOOK_AT = "look at "
 # Tasks that are won by a change of state, whatever was measured on the way.
@@ -67,8 +68,20 @@ def unmeasured(task: str, actions: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _without_slips(plan: Sequence[Played]) -> list[str]:
-    """Without the actions that did nothing."""
-    return [step.action for step in plan if not _NOTHING.search(step.reply)]
+    """Without the actions that did nothing, and the questions that they failed to answer.
+
+    After a question ("Ambiguous request: …") whatever comes next is taken for its answer: the
+    question without the answer would swallow the action that follows it.
+    """
+    kept: list[str] = []
+    asked = False
+    for step in plan:
+        if asked and step.reply.startswith(SLIPS):
+            kept.pop()
+        elif not _NOTHING.search(step.reply):
+            kept.append(step.action)
+        asked = step.reply.startswith(_QUESTION)
+    return kept
 
 
 def _without_wandering(actions: Sequence[str]) -> list[str]:
