@@ -2,6 +2,8 @@
 
 import math
 import random
+from collections import Counter
+from itertools import pairwise
 
 import bm25s
 import numpy as np
@@ -21,22 +23,38 @@ def texts_of(seed, count=200):
     return [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(count)]
 
 
+def plain_scores(arrays, query):
+    """Every text's score: all postings of the query's words, added one after the other."""
+    terms = [
+        bytes(arrays["term_bytes"][start:end]).decode(errors="replace")
+        for start, end in pairwise([0, *arrays["term_ends"]])
+    ]
+    scores = np.zeros(arrays["num_texts"][0], np.float32)
+    counted = Counter(map(_stemmer().stemWord, tokens(query)))
+    for stem, count in counted.items():
+        if stem in terms:
+            term = terms.index(stem)
+            postings = slice(*[0, *arrays["posting_ends"]][term : term + 2])
+            scores[arrays["posting_texts"][postings]] += count * arrays["posting_weights"][postings]
+    return scores
+
+
 def test_scores_are_those_of_bm25s():
     texts = texts_of(0)
     stem = _stemmer().stemWord
     stems = [list(map(stem, tokens(text))) for text in texts]
     peer = bm25s.BM25(method="lucene", k1=K1, b=B)
     peer.index(stems, show_progress=False)
-    index = SearchIndex(build_index(texts))
+    arrays = build_index(texts)
     for query in ("red shirt", "lamps", "running tea usb", "3.5", "x1 x1 organic"):
-        ours = index.scores(query)
+        ours = plain_scores(arrays, query)
         words = [word for word in map(stem, tokens(query)) if word in peer.vocab_dict]
         np.testing.assert_allclose(ours, peer.get_scores(words), rtol=1e-5, atol=1e-6)
 
 
 def test_hits_are_those_of_the_formula():
     texts = [*texts_of(1, 60), "nothing else"]
-    index = SearchIndex(build_index(texts))
+    arrays = build_index(texts)
     stem = _stemmer().stemWord
     documents = [[stem(word) for word in tokens(text)] for text in texts]
     mean = sum(map(len, documents)) / len(documents)
@@ -53,10 +71,35 @@ def test_hits_are_those_of_the_formula():
 
     for query in ("red shirt", "usb port lamp", "organic organic tea"):
         expected = [slow(query, document) for document in documents]
-        np.testing.assert_allclose(index.scores(query), expected, rtol=1e-5)
-        hits = index.search(query, 10)
+        np.testing.assert_allclose(plain_scores(arrays, query), expected, rtol=1e-5)
+        hits = SearchIndex(arrays).search(query, 10)
         assert len(hits) == 10
         assert [expected[row] for row in hits] == pytest.approx(sorted(expected)[::-1][:10])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_leaving_out_what_cannot_be_among_the_best_changes_nothing(seed):
+    """Words as frequent as in speech: rare ones first, common ones looked up for few texts."""
+    rng = random.Random(seed)
+    words = [f"word{index}" for index in range(400)]
+    chances = [1 / (index + 1) for index in range(400)]
+    texts = [" ".join(rng.choices(words, chances, k=rng.randint(1, 40))) for _ in range(1500)]
+    arrays = build_index(texts)
+    index = SearchIndex(arrays)
+    for number in range(60):
+        query = " ".join(rng.choices(words, chances if number % 2 else None, k=rng.randint(1, 9)))
+        scores = plain_scores(arrays, query)
+        best = [row for row in np.argsort(-scores, kind="stable").tolist() if scores[row] > 0]
+        for limit in (1, 7, 50, 5000):
+            assert index.search(query, limit) == tuple(best[:limit]), query
+
+
+def test_rare_words_leave_few_texts_to_look_at():
+    texts = [f"common {'rare' if row % 100 == 0 else 'other'} thing{row}" for row in range(3000)]
+    index = SearchIndex(build_index(texts))
+    terms = index._query_terms("common rare thing100")
+    assert [len(term.texts) for term in terms] == [3000, 30, 1]
+    assert len(index._hopeful(terms, 10)) <= 30
 
 
 def test_blocks_do_not_matter(monkeypatch):
@@ -82,9 +125,8 @@ def test_words():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=40), max_size=6), st.text(max_size=40))
 def test_any_text_can_be_indexed_and_searched(texts, query):
-    index = SearchIndex(build_index(texts))
-    hits = index.search(query, 3)
-    assert len(hits) == min(3, np.count_nonzero(index.scores(query)))
+    arrays = build_index(texts)
+    index = SearchIndex(arrays)
+    assert len(index.search(query, 3)) == min(3, np.count_nonzero(plain_scores(arrays, query)))
     for row, text in enumerate(texts):
-        if tokens(text):
-            assert index.scores(text)[row] > 0
+        assert (row in index.search(text, len(texts))) == bool(tokens(text))

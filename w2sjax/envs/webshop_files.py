@@ -29,9 +29,9 @@ from w2sjax.envs.webshop_search import SearchIndex, build_index
 
 GOALS = ("human", "generated")
 HUMAN_FILE = "items_human_ins.json"
-_FORMAT = 1  # of the indexed copy
+_FORMAT = 2  # of the indexed copy
 _ARRAYS = ("term_bytes", "term_ends", "posting_ends", "posting_texts", "posting_weights")
-_ARRAYS += ("num_texts", "product_ends", "asins")
+_ARRAYS += ("top_weights", "num_texts", "product_ends", "asins")
 _SHUFFLE_SEED = 233  # of the published order of goals
 _TEST, _DEV = 500, 1500  # published: goals 0–499 test, 500–1499 evaluation, all others training
 _KEPT_PRODUCTS = 4096

@@ -12,7 +12,8 @@ import bisect
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,7 @@ _STOP_WORD_TEXT = (
     "there these they this to was will with"
 )
 STOP_WORDS = frozenset(_STOP_WORD_TEXT.split())
+_ROUNDING = 1 - 1e-4  # sums of a query's terms in another order differ by less
 _BLOCK = 1 << 22  # postings that are sorted together
 _TOKEN = re.compile(r"\w+(?:[.'’]\w+)*")
 
@@ -39,6 +41,27 @@ def tokens(text: str) -> list[str]:
     return found
 
 
+class _QueryTerm(NamedTuple):
+    count: int  # in the query
+    texts: np.ndarray  # int32, ascending: where it occurs
+    posting_weights: np.ndarray  # float32: what one occurrence in the query adds to each
+    top: float  # the most that it adds to any text
+
+    def weights(self, postings: np.ndarray | slice = slice(None)) -> np.ndarray:
+        """What the term adds to the score of each text, or of some."""
+        return self.count * self.posting_weights[postings]
+
+    def add_to(self, scores: np.ndarray, hits: np.ndarray) -> None:
+        """Adds them to the scores of the texts `hits`, in place."""
+        few, many = sorted((hits, self.texts), key=len)
+        places = np.minimum(np.searchsorted(many, few), len(many) - 1)
+        (common,) = np.nonzero(many[places] == few)
+        if few is hits:
+            scores[common] += self.weights(places[common])
+        else:
+            scores[places[common]] += self.weights(common)
+
+
 class SearchIndex:
     """Postings of a collection of texts, term by term.
 
@@ -47,39 +70,77 @@ class SearchIndex:
         terms, `P` postings and `N` texts: `term_bytes` uint8, all terms in UTF-8, sorted, one after
         the other; `term_ends` int64[V]; `posting_ends` int64[V]; `posting_texts` int32[P], indices
         of texts; `posting_weights` float32[P], what the term adds to the text's score;
-        `num_texts` int64[1], N.
+        `top_weights` float32[V], the largest of each term; `num_texts` int64[1], N.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
         self._stem = _stemmer().stemWord
-        self._term_bytes = arrays["term_bytes"]
-        self._term_ends = arrays["term_ends"]
-        self._ends = arrays["posting_ends"]
-        self._texts = arrays["posting_texts"]
-        self._weights = arrays["posting_weights"]
+        # Plain views: a memory-mapped array is one, too, but slow to cut.
+        self._term_bytes = np.asarray(arrays["term_bytes"])
+        self._term_ends = np.asarray(arrays["term_ends"])
+        self._ends = np.asarray(arrays["posting_ends"])
+        self._texts = np.asarray(arrays["posting_texts"])
+        self._weights = np.asarray(arrays["posting_weights"])
+        self._tops = np.asarray(arrays["top_weights"])
         self.num_texts = int(arrays["num_texts"][0])
 
-    def scores(self, query: str) -> np.ndarray:
-        """The BM25 score of every text, float32[N]; 0 where no word of the query occurs."""
-        scores = np.zeros(self.num_texts, np.float32)
+    def search(self, query: str, limit: int) -> tuple[int, ...]:
+        """Indices of the texts with the best BM25 scores, at most `limit` and those where a word
+        of the query occurs, best first; equals by their order.
+        """
+        terms = self._query_terms(query)
+        hits = self._hopeful(terms, limit)
+        scores = np.zeros(len(hits), np.float32)
+        for term in terms:
+            term.add_to(scores, hits)
+        if len(hits) > limit:
+            good = scores >= np.partition(scores, -limit)[-limit]
+            hits, scores = hits[good], scores[good]
+        return tuple(hits[np.argsort(-scores, kind="stable")][:limit].tolist())
+
+    def _query_terms(self, query: str) -> list[_QueryTerm]:
+        """The terms of a query that occur anywhere, in its order."""
         found = tokens(query[:_MAX_QUERY_CHARS])[:MAX_QUERY_TOKENS]
+        terms = []
         for stem, count in Counter(map(self._stem, found)).items():
             term = self._find(stem.encode(errors="replace"))
             if term is not None:
-                start = self._ends[term - 1] if term else 0
-                end = self._ends[term]
-                scores[self._texts[start:end]] += count * self._weights[start:end]
-        return scores
+                postings = slice(self._ends[term - 1] if term else 0, self._ends[term])
+                top = count * float(self._tops[term])
+                terms.append(_QueryTerm(count, self._texts[postings], self._weights[postings], top))
+        return terms
 
-    def search(self, query: str, limit: int) -> tuple[int, ...]:
-        """Indices of the best texts, at most `limit`, best first; equals by their order."""
-        scores = self.scores(query)
-        hits = np.flatnonzero(scores)
-        found = scores[hits]
-        if len(hits) > limit:
-            good = found >= np.partition(found, -limit)[-limit]
-            hits, found = hits[good], found[good]
-        return tuple(hits[np.argsort(-found, kind="stable")][:limit].tolist())
+    def _hopeful(self, terms: Sequence[_QueryTerm], limit: int) -> np.ndarray:
+        """Indices, ascending, of all texts that may be among the best `limit`, and of few others.
+
+        The terms that can add most come first. Once `limit` texts score more than all terms still
+        to come can add, texts with those terms alone are out of the question (MaxScore, Turtle and
+        Flood 1995); of the others, those that cannot catch up go after every term.
+        """
+        terms = sorted(terms, key=lambda term: -term.top)
+        so_far, rest = 0.0, sum(term.top for term in terms)
+        partial = np.zeros(self.num_texts, np.float32)
+        hits, scores, closed = np.zeros(0, np.int32), np.zeros(0, np.float32), False
+        for term in terms:
+            so_far, rest = so_far + term.top, rest - term.top
+            if closed:
+                term.add_to(scores, hits)
+            else:
+                fresh = term.texts[partial[term.texts] == 0]
+                partial[term.texts] += term.weights()
+                hits = np.concatenate([hits, fresh])
+                if len(hits) <= limit or so_far <= rest:
+                    continue
+                scores = partial[hits]
+            above = scores[scores > rest]
+            if len(above) > limit:
+                least = np.partition(above, -limit)[-limit] * _ROUNDING
+                kept = scores + rest >= least
+                hits, scores = hits[kept], scores[kept]
+                if not closed and least > rest:
+                    order = np.argsort(hits)
+                    hits, scores, closed = hits[order], scores[order], True
+        return hits if closed else np.sort(hits)
 
     def _find(self, term: bytes) -> int | None:
         place = bisect.bisect_left(range(len(self._term_ends)), term, key=self._term)
@@ -158,6 +219,7 @@ def _postings(
         "posting_ends": ends,
         "posting_texts": texts,
         "posting_weights": weights,
+        "top_weights": np.maximum.reduceat(weights, ends - frequencies) if num_terms else weights,
         "num_texts": np.array([num_texts], np.int64),
     }
 
