@@ -27,6 +27,7 @@ from w2sjax.envs.alfworld import SPLITS, ALFWorld
 from w2sjax.envs.alfworld_engine import NOTHING, Engine
 from w2sjax.envs.alfworld_games import FAMILIES, draw_game
 from w2sjax.envs.base import Env
+from w2sjax.envs.cache import default_cache
 
 _WORDS = ("go", "to", "take", "put", "move", "open", "from", "in/on", "cabinet", "1", "\n", "\t")
 SMALL = {"receptacles": 6, "clutter": 3, "cache_dir": ""}
@@ -503,7 +504,7 @@ def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     assert len(list((tmp_path / "here").rglob("game.tw-pddl"))) == 1
     monkeypatch.setenv("W2SJAX_CACHE", "gs://bucket/folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert alfworld_files.default_cache() == tmp_path / "xdg/w2sjax/procedural_alfworld"
+    assert default_cache("procedural_alfworld") == tmp_path / "xdg/w2sjax/procedural_alfworld"
 
 
 # ------------------------------------------------------------------------------------------ errors

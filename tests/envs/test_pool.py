@@ -203,6 +203,25 @@ def test_play_goes_on_over_crashes_and_hangs(pool):
     assert isinstance(given_up, EnvFailure) and "given up" in given_up.message
 
 
+def test_a_worker_plays_one_task_after_the_other(pool, monkeypatch):
+    """What its environment found out about a task serves again; nobody idles at the end."""
+    homes = {}
+    submit = pool._submit
+
+    def watched(home, requests):
+        homes.setdefault(home, []).extend(index for _, index in requests)
+        submit(home, requests)
+
+    monkeypatch.setattr(pool, "_submit", watched)
+    tasks = ["a", "a", "b", "b", "sleep 0.4", "a", "b"]
+    assert sorted(index for index, _ in pool.play(list(map(PlayRequest, tasks)))) == [*range(7)]
+    one, other = sorted(homes.values(), key=lambda played: played[0])
+    assert one[:3] == [0, 1, 5] and other[:3] == [2, 3, 6]
+    homes.clear()
+    assert len(list(pool.play([PlayRequest("sleep 0.1")] * 5))) == 5
+    assert min(map(len, homes.values())) == 2
+
+
 def test_an_abandoned_play_leaves_no_trace(pool):
     episodes = pool.play([PlayRequest("fine")] * 6)
     next(episodes)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from w2sjax.envs import java, scienceworld_jvm, scienceworld_tasks, scienceworld_trim
+from w2sjax.envs import java, scienceworld, scienceworld_jvm, scienceworld_tasks, scienceworld_trim
 from w2sjax.envs.base import Env
 from w2sjax.envs.scienceworld import ScienceWorld
 from w2sjax.envs.scienceworld_expert import make_plan
@@ -72,6 +72,36 @@ def test_long_plans_are_trimmed_to_fit_their_limits(simulator):
     for step in plan:
         _, raw, completed = simulator.step(step.action)
     assert completed and raw == 1.0
+
+
+def test_plans_are_kept_between_runs(tmp_path, simulator, monkeypatch):
+    """Found once, read afterwards; a broken file is made again, a folder without rights is none."""
+    monkeypatch.setattr(scienceworld, "_plans", {})
+    made = []
+    monkeypatch.setattr(
+        scienceworld, "make_plan", lambda *args: made.append(args[1:]) or make_plan(*args)
+    )
+
+    def first_action(cache_dir):
+        scienceworld._plans.clear()
+        env = ScienceWorld(cache_dir=str(cache_dir))
+        env.reset(env.task_ids("train", 1)[0])
+        action = env.expert_action()
+        env.close()
+        return action
+
+    action = first_action(tmp_path)
+    assert first_action(tmp_path) == action and len(made) == 1
+    (file,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    for broken in ("", "[]", "[[1, 2]]", "{}", '["ab"]', "[" * 100_000):
+        file.write_text(broken)
+        made.clear()
+        assert first_action(tmp_path) == action and len(made) == 1
+    (tmp_path / "file").write_text("")
+    assert first_action(tmp_path / "file") == action  # and a warning
+    assert first_action("") == action
+    with pytest.raises(ValueError, match="cache_dir"):
+        ScienceWorld(cache_dir=3)
 
 
 def test_proposals_are_shorter_and_keep_the_order():

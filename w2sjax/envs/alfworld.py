@@ -26,6 +26,7 @@ from w2sjax.envs.alfworld_engine import NOTHING, Engine, check_packages
 from w2sjax.envs.alfworld_expert import Expert, Explorer, Oracle, Searcher, Task
 from w2sjax.envs.alfworld_games import FAMILIES
 from w2sjax.envs.base import Outcome
+from w2sjax.envs.cache import default_cache
 
 SPLITS = (*alfworld_games.SPLITS, "test")
 GAMES = ("procedural", "official")
@@ -127,7 +128,7 @@ class ALFWorld:
         self._data_dir = data_dir
         if self._official:
             alfworld_files.find_official(data_dir)
-        self._cache = alfworld_files.default_cache() if cache_dir is None else None
+        self._cache = default_cache("procedural_alfworld") if cache_dir is None else None
         if cache_dir:
             self._cache = Path(cache_dir).expanduser()
         self._expert_kind = expert

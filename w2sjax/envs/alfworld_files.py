@@ -20,7 +20,6 @@ from typing import Any
 from w2sjax.envs.alfworld_games import FAMILIES, VERSION, Game
 
 DATA_VARIABLE = "ALFWORLD_DATA"  # the package's own
-CACHE_VARIABLE = "W2SJAX_CACHE"
 FOLDERS: Mapping[str, str] = {"seen": "valid_seen", "unseen": "valid_unseen"}  # others: train
 _SHARES: Mapping[str, tuple[float, float]] = {  # of the official training games, shuffled
     "pretrain": (0.0, 0.5),
@@ -111,15 +110,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------- procedural
-
-
-def default_cache() -> Path:
-    """Where procedural games are kept: $W2SJAX_CACHE, or the user's cache folder."""
-    chosen = os.environ.get(CACHE_VARIABLE, "")
-    if not chosen or "://" in chosen:  # a bucket is no place for small files
-        chosen = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        chosen = f"{chosen}/w2sjax"
-    return Path(chosen).expanduser() / "procedural_alfworld"
 
 
 def traj_data(game: Game, name: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import types
+from collections import deque
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any, Literal, NamedTuple
@@ -53,6 +54,7 @@ class PlayRequest:
     seed: int = 0
 
 
+_Numbered = tuple[int, PlayRequest]  # with its place among all requests
 Operation = Literal["reset", "step", "actions"]
 Answer = Reset | Outcome | list[str] | EnvFailure
 _MAKE: Mapping[str, Any] = {"reset": Reset, "step": Outcome, "actions": list}
@@ -351,7 +353,7 @@ class EnvPool:
     ) -> Iterator[tuple[int, PlayedEpisode | EnvFailure]]:
         """Plays whole episodes inside the workers, without round trips.
 
-        Episodes that are under way in slots are given up.
+        Episodes that are under way in slots are given up. A worker plays one task after the other.
 
         Args:
           requests: what to play.
@@ -367,16 +369,20 @@ class EnvPool:
         for slot in self._running:
             self._lost[slot] = "the episode was given up for EnvPool.play"
         self._running.clear()
-        waiting = iter(enumerate(requests))
         if self._local is not None:
-            for index, request in waiting:
+            for index, request in enumerate(requests):
                 yield index, _played(self._local.handle(*_play_request(0, request), _no_beat))
                 self._check_alone(call)
             return
+        by_task: dict[str, deque[_Numbered]] = {}
+        for index, request in enumerate(requests):
+            by_task.setdefault(request.task_id, deque()).append((index, request))
+        waiting = deque(by_task.values())
+        begun: dict[int, deque[_Numbered]] = {worker.index: deque() for worker in self._workers}
         for worker in self._workers:
-            self._play_next(worker.index, waiting)
+            self._play_next(worker.index, waiting, begun)
         for (home, index), reply in self._collect():
-            self._play_next(home, waiting)
+            self._play_next(home, waiting, begun)
             yield index, _played(reply)
             self._check_alone(call)
 
@@ -384,11 +390,18 @@ class EnvPool:
         if self._closed or self._call != call:
             raise RuntimeError("EnvPool.play: the pool was used or closed before the last episode")
 
-    def _play_next(self, home: int, waiting: Iterator[tuple[int, PlayRequest]]) -> None:
-        """Gives a worker its next episode, if there is one."""
-        for index, request in waiting:
+    def _play_next(
+        self, home: int, waiting: deque[deque[_Numbered]], begun: dict[int, deque[_Numbered]]
+    ) -> None:
+        """Gives a worker its next episode, if there is one: of its task, of a task that no worker
+        has begun, or of another worker's. What an environment found out about a task, such as a
+        long plan, is found out once.
+        """
+        if not begun[home]:
+            begun[home] = waiting.popleft() if waiting else max(begun.values(), key=len)
+        if begun[home]:
+            index, request = begun[home].popleft()
             self._submit(home, {(home, index): _play_request(home, request)})
-            return
 
     def close(self) -> None:
         """Closes the environments and ends all workers; may be called twice."""

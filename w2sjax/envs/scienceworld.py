@@ -11,12 +11,15 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from w2sjax.envs.base import Outcome
+from w2sjax.envs.cache import default_cache
 from w2sjax.envs.java import find_java
 from w2sjax.envs.jvm import check_heap_mb
 from w2sjax.envs.scienceworld_expert import PlanPlayer, PlanStep, items_in, location_in, make_plan
 from w2sjax.envs.scienceworld_jvm import Simulator, check_packages
+from w2sjax.envs.scienceworld_plans import kept_plan
 from w2sjax.envs.scienceworld_tasks import SHORT_TASKS, SPLITS, TASKS, split_variations
 from w2sjax.envs.text import compact, one_line
 
@@ -89,6 +92,8 @@ class ScienceWorld:
       value.
       max_steps: step limits by task name that replace those of `TASKS`.
       score: "current" or "best", see above.
+      cache_dir: where the expert's plans are kept; None for a folder in $W2SJAX_CACHE or the user's
+        cache folder, "" for nowhere.
       instruction: another system message; None for the built-in one, which lists the actions.
 
     Raises:
@@ -106,6 +111,7 @@ class ScienceWorld:
         heap_mb: int = 512,
         max_steps: Mapping[str, int] | None = None,
         score: str = "current",
+        cache_dir: str | None = None,
         instruction: str | None = None,
     ):
         if score not in ("current", "best"):
@@ -119,6 +125,11 @@ class ScienceWorld:
                 raise ValueError(
                     f"max_steps: want task name → positive whole number, got {task!r}: {limit!r}"
                 )
+        if not isinstance(cache_dir, str | None):
+            raise ValueError(f"cache_dir: want a text or None, got {cache_dir!r}")
+        self._cache = default_cache("scienceworld_plans") if cache_dir is None else None
+        if cache_dir:
+            self._cache = Path(cache_dir).expanduser()
         self._heap_mb = check_heap_mb(heap_mb)
         self._limits = {task: limit for task, (_, limit) in TASKS.items()} | dict(max_steps or {})
         self._teleport = simplification == "easy" or "teleportAction" in simplification.split(",")
@@ -241,10 +252,13 @@ class ScienceWorld:
     def _plan(self) -> tuple[PlanStep, ...]:
         key = (*self._task, self._simplification)
         if key not in _plans:
-            if self._planner is None or not self._planner.usable:
-                self._planner = Simulator(self._heap_mb)
-            _plans[key] = make_plan(self._planner, *key, self._teleport)
+            _plans[key] = kept_plan(self._cache, *key, self._make_plan)
         return _plans[key]
+
+    def _make_plan(self) -> tuple[PlanStep, ...]:
+        if self._planner is None or not self._planner.usable:
+            self._planner = Simulator(self._heap_mb)
+        return make_plan(self._planner, *self._task, self._simplification, self._teleport)
 
     def _playing(self) -> Simulator:
         if self._simulator is None or self._task is None:

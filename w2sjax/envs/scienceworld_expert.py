@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from w2sjax.envs.scienceworld_jvm import Simulator
 from w2sjax.envs.scienceworld_trim import SLIPS, WAIT, WAIT_ONE, Played, proposals, unmeasured
 
+PLANNER_VERSION = 1  # raised where plans change, so that none of an older one is used
 # The house: which places a door joins. Used where there is no teleporting.
 DOORS = {
     "art studio": ("hallway",),

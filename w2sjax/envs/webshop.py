@@ -30,12 +30,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 from w2sjax.envs import webshop_files, webshop_generated
 from w2sjax.envs.base import Outcome
+from w2sjax.envs.cache import default_cache
 from w2sjax.envs.webshop_catalogue import Goal, Product, Shop
 from w2sjax.envs.webshop_expert import Plan, make_plan, option_values, search_queries
 from w2sjax.envs.webshop_pages import (
@@ -344,8 +344,7 @@ def _make_shop(num_products: int, seed: int) -> Shop:
 def _open_shop(
     data_dir: str, items_file: str, num_products: int | None, goals: str, cache_dir: str
 ) -> Shop:
-    default = Path(os.environ.get("W2SJAX_CACHE") or Path.home() / ".cache" / "w2sjax")
-    cache = Path(cache_dir) if cache_dir else default
+    cache = Path(cache_dir) if cache_dir else default_cache("webshop")
     return webshop_files.open_shop(Path(data_dir), items_file, num_products, goals, cache)
 
 
