@@ -28,10 +28,10 @@ def get_config(arg: str = ""):
     c.env.options.heap_mb = 700
     c.env.options.instruction = "Solve the task in the house."  # small models need no more
     c.tasks.demonstrations = 90
-    c.tasks.train = 90
-    c.tasks.held_out = 90
+    c.tasks.train = 60
+    c.tasks.held_out = 60
     c.tokenizer.vocab_size = 1536
-    c.models.max_length = 2048
+    c.models.max_length = 1536
     c.pretrain.tasks = 300
     c.pretrain.per_task = 2
     c.pretrain.random_low = 0.0
@@ -41,13 +41,14 @@ def get_config(arg: str = ""):
     c.pretrain.strong_steps = 1200
     c.weak.steps = 200
     c.weak.trajectories = 4
-    c.rollouts.per_task = 8
+    c.rollouts.per_task = 6
     c.sampler.slots = 48
     c.sampler.block = 600
     c.targets.best_path_min_return = 0.9  # mcts: best paths that succeed
-    c.train.steps = 200
-    c.train.preference_steps = 60
+    c.train.steps = 150
+    c.train.preference_steps = 45
     c.train.pairs = 4
+    c.evaluate.modes = ("sampled",)  # episodes are long, and evaluation is most of the time
     if arg == "smoke":
         _smoke(c)
     elif arg == "dev":
@@ -90,5 +91,4 @@ def _smoke(c) -> None:
     c.train.preference_steps = 2
     c.train.warmup_steps = 1
     c.train.checkpoint_every = 6
-    c.evaluate.modes = ("sampled",)
     c.evaluate.bootstrap = 200
