@@ -6,9 +6,11 @@
     python launch.py --config=configs/textworld_express.py:dev     # on the dev fold, for settings
 
 No Java is needed: the extra brings its own.
-Hardware: 2 CPU cores, 4 GB. Time: the smoke variant took 3 min from nothing on busy cores. The
-whole job has not been run yet: its sizes follow configs/household.py, no setting was tuned, and
-there is no result.
+Hardware: 2 CPU cores, 4 GB. Time: 54 min for three seeds with six methods each, run side by side
+beside other work; 8 min of it are pretraining, once. Sizes follow configs/household.py, no setting
+was tuned.
+Result (3 seeds, test fold, actions sampled): success .204 for the weak policy, .252 for
+sft_success, .282 for mcts_tree_dpo, .400 for the ceiling. docs/results.md has the whole table.
 """
 
 from w2sjax.config import default_config
