@@ -1,7 +1,8 @@
 """What does tree packing gain? Steps on whole tries against steps on single trajectories, and TRL.
 
     python benchmarks/packing.py [--quick] [--json FILE] [--episodes FILE]
-        [--sizes s,m] [--leaves 2,16] [--parts leaves,deep,real,trl] [--rounds 5]
+        [--sizes s,m] [--leaves 2,16] [--parts leaves,deep,real,trl] [--only "sft, 1 of 2048"]
+        [--rounds 5]
 
 **Against this library's own unpacked batches** (`packing="none"`: a row per trajectory, attention
 without L × L scores, output layer on learned tokens alone): forward, backward, clip, AdamW in
@@ -29,6 +30,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import random
 import statistics
@@ -48,7 +50,7 @@ from w2sjax.batches import PairSequences
 from w2sjax.types import PackedBatch
 
 PARTS = ("leaves", "deep", "real", "trl")
-_MEASURE_S = 60.0  # of a workload, at most, but for two rounds
+_MEASURE_S = 60.0  # of a workload, at most, but for two rounds; not where --rounds is given
 _TURN = 16  # tokens of a turn in made-up trajectories; every second one is the agent's
 
 
@@ -210,13 +212,18 @@ def make_step(config: models.ModelConfig, workload: Workload, packing: str):
     return update, memory, loaded.batch, loader.sharing()
 
 
-def measure(config: models.ModelConfig, workload: Workload, rounds: int) -> dict[str, Any]:
-    """Packed against unpacked; both must have the same first loss."""
+def measure(
+    config: models.ModelConfig, workload: Workload, rounds: int, most_s: float
+) -> dict[str, Any]:
+    """Packed against unpacked, whose first losses must be equal; some rounds, as many as fit into
+    so many seconds, but two.
+    """
     made = {packing: make_step(config, workload, packing) for packing in ("tree", "none")}
     start = time.perf_counter()
     first = {packing: update() for packing, (update, *_) in made.items()}
     np.testing.assert_allclose(first["tree"], first["none"], rtol=1e-4)
-    rounds = max(2, min(rounds, int(_MEASURE_S / (time.perf_counter() - start))))
+    if (fitting := most_s / (time.perf_counter() - start)) < rounds:
+        rounds = max(2, int(fitting))
     times = peers.alternating({packing: update for packing, (update, *_) in made.items()}, rounds)
     packed, plain = (statistics.median(times[packing]) for packing in ("tree", "none"))
     work = {packing: matrix_work(config, batch) for packing, (_, _, batch, _) in made.items()}
@@ -413,6 +420,7 @@ def main() -> None:
     parser.add_argument("--sizes", help="models, of s (5 M) and m (30 M), with commas between")
     parser.add_argument("--leaves", help="leaves of the made-up trees, with commas between")
     parser.add_argument("--parts", help="of leaves, deep, real and trl, with commas between")
+    parser.add_argument("--only", metavar="TEXT", help="workloads whose title holds this text")
     parser.add_argument("--rounds", type=int, help="how often each contender is timed")
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -442,7 +450,11 @@ def main() -> None:
             for levels in trees
             for kind in ("sft", "dpo")
         ] + real
-        data["sizes"][size] = [measure(config, workload, rounds) for workload in workloads]
+        data["sizes"][size] = [
+            measure(config, workload, rounds, math.inf if arguments.rounds else _MEASURE_S)
+            for workload in workloads
+            if (arguments.only or "") in workload.title
+        ]
         if "trl" in parts and not on_gpu:
             trl_rounds = 1 if quick else rounds
             data["trl"][size] = against_trl(size, leaves=16, rounds=trl_rounds)
