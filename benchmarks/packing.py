@@ -2,7 +2,7 @@
 
     python benchmarks/packing.py [--quick] [--json FILE] [--episodes FILE]
         [--sizes s,m] [--leaves 2,16] [--parts leaves,deep,real,trl] [--only "sft, 1 of 2048"]
-        [--rounds 5]
+        [--rounds 5] [--trajectories 64]
 
 **Against this library's own unpacked batches** (`packing="none"`: a row per trajectory, attention
 without L × L scores, output layer on learned tokens alone): forward, backward, clip, AdamW in
@@ -146,9 +146,11 @@ def real_workload(title: str, episodes, *, tasks: int, rollouts: int) -> Workloa
     return Workload(f"sft, {title}, {rollouts} rollouts", examples.items, "sft")
 
 
-def real_workloads(quick: bool, episodes_file: str | None) -> list[Workload]:
+def real_workloads(quick: bool, episodes_file: str | None, trajectories: int) -> list[Workload]:
     """What there is here: a run's episodes, or household and ScienceWorld played on the spot."""
-    counts = {8: 2} if quick else {8: 8, 16: 4, 64: 1}  # rollouts → tasks in a batch
+    # rollouts → tasks in a batch
+    counts = {rollouts: trajectories // rollouts for rollouts in (8, 16, 64)}
+    counts = {8: 2} if quick else {rollouts: tasks for rollouts, tasks in counts.items() if tasks}
     if episodes_file:
         from w2sjax.sampling import read_trajectories
 
@@ -417,6 +419,9 @@ def main() -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--episodes", metavar="FILE", help="episodes.jsonl of a run: real trees")
+    parser.add_argument(
+        "--trajectories", type=int, default=64, help="in a batch of real trees (64); memory follows"
+    )
     parser.add_argument("--sizes", help="models, of s (5 M) and m (30 M), with commas between")
     parser.add_argument("--leaves", help="leaves of the made-up trees, with commas between")
     parser.add_argument("--parts", help="of leaves, deep, real and trl, with commas between")
@@ -430,7 +435,9 @@ def main() -> None:
         parser.error(f"--parts: {min(unknown)!r} is none of {', '.join(PARTS)}")
     print(f"load {os.getloadavg()[0]:.1f} before the start", flush=True)
     data: dict[str, Any] = {"load_before": os.getloadavg()[0], "sizes": {}, "trl": {}}
-    real = real_workloads(quick, arguments.episodes) if "real" in parts else []
+    real = (
+        real_workloads(quick, arguments.episodes, arguments.trajectories) if "real" in parts else []
+    )
     on_gpu = jax.default_backend() == "gpu"
     sizes = arguments.sizes or ("s" if quick else "s,m")
     configs = {size: shape_config(size) for size in sizes.split(",")}
