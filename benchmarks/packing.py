@@ -217,8 +217,8 @@ def make_step(config: models.ModelConfig, workload: Workload, packing: str):
 def measure(
     config: models.ModelConfig, workload: Workload, rounds: int, most_s: float
 ) -> dict[str, Any]:
-    """Packed against unpacked, whose first losses must be equal; some rounds, as many as fit into
-    so many seconds, but two.
+    """Packed against unpacked; their first losses must be equal. Fewer rounds, but two, where so
+    many do not fit into `most_s` seconds.
     """
     made = {packing: make_step(config, workload, packing) for packing in ("tree", "none")}
     start = time.perf_counter()
@@ -433,6 +433,8 @@ def main() -> None:
     parts = (arguments.parts or ("real,trl" if quick else ",".join(PARTS))).split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"--parts: {min(unknown)!r} is none of {', '.join(PARTS)}")
+    if arguments.trajectories < 8:
+        parser.error("--trajectories: expected 8 or more, rollouts of one task at least")
     print(f"load {os.getloadavg()[0]:.1f} before the start", flush=True)
     data: dict[str, Any] = {"load_before": os.getloadavg()[0], "sizes": {}, "trl": {}}
     real = (
@@ -462,6 +464,9 @@ def main() -> None:
             for workload in workloads
             if (arguments.only or "") in workload.title
         ]
+        if arguments.only and not data["sizes"][size]:
+            titles = "; ".join(workload.title for workload in workloads)
+            parser.error(f"--only: no title holds {arguments.only!r}; there are: {titles}")
         if "trl" in parts and not on_gpu:
             trl_rounds = 1 if quick else rounds
             data["trl"][size] = against_trl(size, leaves=16, rounds=trl_rounds)

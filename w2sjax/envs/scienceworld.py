@@ -89,7 +89,7 @@ class ScienceWorld:
       tasks: official task names (see `TASKS`), one string (commas between names), or "all".
       simplification: "easy", "" (none), or names of `SIMPLIFICATIONS` with commas between them.
       heap_mb: largest heap of the JVM in MB, shared by all objects of this process with the same
-      value.
+        value.
       max_steps: step limits by task name that replace those of `TASKS`.
       score: "current" or "best", see above.
       cache_dir: where the expert's plans are kept; None for a folder in $W2SJAX_CACHE or the user's
