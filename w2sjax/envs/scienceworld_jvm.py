@@ -201,6 +201,7 @@ class Simulator:
 
     def _load(self, task: str, variation: int, simplification: str, gold: bool) -> None:
         with self._turn(loading=True):
+            self._jvm.answer_at_once()
             error = self._server.load(task, variation, simplification, gold)
             if error:
                 raise ValueError(

@@ -109,6 +109,7 @@ class Simulator:
         """
         own = self._alive()
         with own.lock, own.calling():
+            own.answer_at_once()
             if self._loaded != (game, parameters):
                 error = self._server.load(game, parameters)
                 self._loaded = None if error else (game, parameters)
