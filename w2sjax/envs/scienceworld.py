@@ -212,7 +212,7 @@ class ScienceWorld:
 
         For the find-* and lifespan-* tasks a short list of what can matter there (about 5 ms):
         looking, places, and focus on, look at, pick up and move to the answer box of each visible
-        object. For all other tasks the simulator's own list, hundreds of actions (40 ms and more).
+        object. For all other tasks the simulator's own list, hundreds of actions (10 ms and more).
         """
         simulator = self._playing()
         ambiguous = self._last.observation.startswith("Ambiguous request")

@@ -161,7 +161,7 @@ class Simulator:
             return sorted(set(json.loads(self._server.getPossibleObjectReferentLUTJSON()).values()))
 
     def valid_actions(self) -> list[str]:
-        """All actions that the simulator holds valid now, sorted (hundreds, in 40 ms and more).
+        """All actions that the simulator holds valid now, sorted (hundreds, in 10 ms and more).
 
         Names are drawn at random where an object has several: always from the same seed here, and
         the episode's own random numbers stay untouched.
