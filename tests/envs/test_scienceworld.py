@@ -75,6 +75,17 @@ def test_long_plans_are_trimmed_to_fit_their_limits(simulator):
     assert completed and raw == 1.0
 
 
+def test_melting_point_is_measured_until_it_is_known(simulator):
+    """Variation 60: liquid still below -10 degrees; the gold player says "above"."""
+    task = ("measure-melting-point-unknown-substance", 60, "easy")
+    plan = [step.action for step in make_plan(simulator, *task, True)]
+    simulator.load(*task)
+    *_, (reading, *_), (_, score, completed) = map(simulator.step, plan)
+    assert completed and score == 1.0 and plan[-1] == "focus on purple box"
+    assert int(reading.split("temperature of ")[1].split()[0]) < -10
+    assert len(plan) <= scienceworld_tasks.TASKS[task[0]][1]
+
+
 def test_plans_are_kept_between_runs(tmp_path, simulator, monkeypatch):
     """Found once, read afterwards; a broken file is made again, a folder without rights is none."""
     monkeypatch.setattr(scienceworld, "_plans", {})
