@@ -10,11 +10,12 @@ did, the best score of an episode; the row's success stays the simulator's own. 
 here on the official training fold, not on the published training list, a quarter of which lies in
 the official dev fold (w2sjax/envs/scienceworld_tasks.py).
 Hardware: 2 CPU cores, 8 GB; workers hold a JVM each, of at most 0.7 GB. No Java is needed: the
-extra brings its own. Time: 54 min for transcripts (beside other runs) and pretraining, once, and
-46 min for three seeds with six methods each, run side by side.
-Result (3 seeds, test fold): none. With 20 transcripts a type the models learn no more than the
-shape of the tasks; even the ceiling wins 3 of 180 episodes (docs/results.md). Raise
-`pretrain.tasks`, `pretrain.per_task` and `pretrain.strong_steps` where there is time.
+extra brings its own. Time: 45 min for transcripts and pretraining, once, and 36 min for three seeds
+with six methods each, run side by side.
+Result (3 seeds, test fold, actions sampled): success .015 for the weak policy, .033 for
+sft_success, .056 for mcts_tree_dpo, .115 for the ceiling: the ceiling is above the weak policy, the
+methods are not told apart (docs/results.md). Where there is time, raise `pretrain.tasks` first:
+600 tasks are 20 of each type, and the models copy names badly.
 """
 
 from w2sjax.config import default_config
