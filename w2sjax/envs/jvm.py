@@ -10,9 +10,11 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from w2sjax.envs.java import find_java
 
+_log = logging.getLogger(__name__)
 _STOP_SECONDS = 5.0
 MIN_HEAP_MB = 64
 
@@ -87,10 +89,7 @@ class Jvm:
         self.join = lang.String.join
         self.users = 0
         self.alive = True
-        server = self.gateway.java_gateway_server
-        connections = server.getClass().getDeclaredField("connections")
-        connections.setAccessible(True)
-        self._connections = connections.get(server)
+        self._connections = self._find_connections()
         self.answer_at_once()
 
     def files(self) -> tuple[str, str]:
@@ -100,6 +99,19 @@ class Jvm:
     @property
     def running(self) -> bool:
         return self.alive and self.process.poll() is None
+
+    def _find_connections(self) -> Sequence[Any]:
+        """The server's list of its connections, which py4j keeps to itself."""
+        from py4j.protocol import Py4JError
+
+        try:
+            server = self.gateway.java_gateway_server
+            field = server.getClass().getDeclaredField("connections")
+            field.setAccessible(True)
+            return field.get(server)
+        except Py4JError as error:
+            _log.warning("%s: long answers will each take 40 ms more: %s", self.title, error)
+            return ()
 
     def answer_at_once(self) -> None:
         """Sets TCP_NODELAY where the JVM answers; to be called again now and then (0.3 ms), since
