@@ -4,9 +4,9 @@
     python launch.py --config=configs/household.py:smoke   # every stage, tiny
     python launch.py --config=configs/household.py:dev     # on the dev split, to choose settings
 
-Hardware: 2 CPU cores, 4 GB. Time: 7 min of pretraining once, then 7.5 min a run.
-Result (3 seeds, test split, actions sampled): success .189 for the weak policy, .644 for
-sft_success, .701 for mcts_tree_dpo, .928 for the ceiling; README.md has the whole table.
+Hardware: 2 CPU cores, 4 GB. Time: 9 min the first time, 4 of them pretraining.
+Result (3 seeds, test split, actions sampled): success .199 for the weak policy, .636 for
+sft_success, .730 for mcts, .943 for the ceiling; README.md has the whole table.
 """
 
 from w2sjax.config import default_config
