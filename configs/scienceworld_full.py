@@ -15,7 +15,7 @@ with six methods each, run side by side.
 Result (3 seeds, test fold, actions sampled): success .015 for the weak policy, .033 for
 sft_success, .056 for mcts_tree_dpo, .115 for the ceiling: the ceiling is above the weak policy, the
 methods are not told apart (docs/results.md). Where there is time, raise `pretrain.tasks` first:
-600 tasks are 20 of each type, and the models copy names badly.
+the 600 of now are 0 to 116 of a type, and the models copy names badly.
 """
 
 from w2sjax.config import default_config

@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import shutil
+import statistics
 import time
 
 import pytest
@@ -312,7 +313,7 @@ def test_long_answers_do_not_wait_for_acknowledgements(simulator):
         start = time.perf_counter()
         assert len(long.toString()) == 30_000
         waits.append(time.perf_counter() - start)
-    assert min(waits) < 0.02
+    assert statistics.median(waits) < 0.02
 
 
 def test_random_numbers_go_on_where_they_stopped():

@@ -114,7 +114,7 @@ class Jvm:
             return ()
 
     def answer_at_once(self) -> None:
-        """Sets TCP_NODELAY where the JVM answers; to be called again now and then (0.3 ms), since
+        """Sets TCP_NODELAY where the JVM answers; to be called again now and then (0.7 ms), since
         py4j connects anew where threads or the garbage collector need it.
 
         Without it the last piece of an answer longer than py4j's buffer of 8 kB waits until the

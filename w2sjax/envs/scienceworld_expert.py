@@ -45,10 +45,13 @@ _FURNITURE = re.compile(
     r"bed|chair|closet|couch|counter|cupboard|desk|.*table|book shelf|cloth sittable|bee hive"
 )
 _FIND_TASK = re.compile(r"find an?(?:\(n\))? (.+?)\. .* to the (.+?) in the (.+?)\.", re.DOTALL)
-_MELTING_POINT_TASKS = "measure-melting-point-"
-_VERDICT = re.compile(r"is (above|below) (-?[\d.]+) degrees celsius, focus on the ([\w ]+)\.")
-_READING = re.compile(r"temperature of (-?\d+) degrees")
+_BOX_FOR_BELOW = re.compile(
+    r"is below (?P<degrees>-?[\d.]+) degrees celsius, focus on the (?P<name>[\w ]+)\."
+)
+_MEASURE_LIQUID = "use thermometer in inventory on liquid "
+_READING = re.compile(r"temperature of (?P<degrees>-?\d+) degrees")
 _WAITS_BETWEEN_READINGS = 10
+_MAX_READINGS = 12
 _POT = re.compile(r"flower pot (\d+) \(containing an? ([\w ]+?) in the \w+ stage")
 
 
@@ -168,49 +171,44 @@ def _candidates(
         # Where heating for as long as that burns the thing.
         plans = first + [(less, True) for less in unmeasured(task, short)] + plans
     yield from plans
-    if task.startswith(_MELTING_POINT_TASKS):
+    if task.startswith("measure-melting-point-"):
         for plan, strict in plans:
             simulator.load(task, variation, simplification)
-            for longer in _measured_for_longer(simulator, plan):
+            longer = _cooled_for_longer(simulator, plan)
+            if longer is not None:
                 yield longer, strict
 
 
-def _measured_for_longer(simulator: Simulator, plan: list[str]) -> Iterator[list[str]]:
-    """A plan for a melting point that measures until the reading says which box is right.
+def _cooled_for_longer(simulator: Simulator, plan: list[str]) -> list[str] | None:
+    """The plan of a melting point with cooling until the reading is below what the boxes ask about.
 
     The gold player measures 40 times and then focuses on a box, though in a freezer it may take 600
-    ticks until a thing is colder than the boxes ask about, and it may be liquid still.
+    ticks until a thing is that cold, and it may be liquid still.
 
     Args:
       simulator: with the task loaded.
-      plan: measures with "use thermometer in inventory on liquid …" or "… solid …".
+      plan: measures with "use thermometer in inventory on liquid …".
+
+    Returns:
+      None where the plan cools no liquid, or where it freezes in time.
     """
-    boxes = {
-        side: (float(degrees), box)
-        for side, degrees, box in _VERDICT.findall(simulator.task_description())
-    }
-    start = next((i for i, action in enumerate(plan) if action.startswith("use therm")), None)
-    if start is None or boxes.keys() != {"above", "below"}:
-        return
-    measure = plan[start]
-    longer = plan[:start]
+    box = _BOX_FOR_BELOW.search(simulator.task_description())
+    start = next((i for i, action in enumerate(plan) if action.startswith(_MEASURE_LIQUID)), None)
+    if box is None or start is None:
+        return None
+    longer, measure = plan[:start], plan[start]
     for action in longer:
         simulator.step(action)
-    for _ in range(_PATIENCE):
-        longer += [WAIT] * _WAITS_BETWEEN_READINGS + [measure]
-        for action in longer[-_WAITS_BETWEEN_READINGS - 1 :]:
-            text, *_ = simulator.step(action)
+    for _ in range(_MAX_READINGS):
+        turn = [WAIT] * _WAITS_BETWEEN_READINGS + [measure]
+        longer += turn
+        *_, (text, *_) = map(simulator.step, turn)
         reading = _READING.search(text)
         if reading is None:
-            return  # it has changed its state: the gold player's own way is right
-        degrees = float(reading.group(1))
-        for side, state, passed in (
-            ("below", " liquid ", degrees < boxes["below"][0]),
-            ("above", " solid ", degrees > boxes["above"][0]),
-        ):
-            if state in measure and passed:
-                yield [*longer, _FOCUS + boxes[side][1]]
-                return
+            return None
+        if float(reading["degrees"]) < float(box["degrees"]):
+            return [*longer, _FOCUS + box["name"]]
+    return None
 
 
 def _find_candidates(
