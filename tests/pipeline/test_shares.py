@@ -9,8 +9,9 @@ import threading
 import time
 
 import pytest
+from etils import epath
 
-from w2sjax.pipeline.manifests import run_stage, stage_facts
+from w2sjax.pipeline.manifests import MANIFEST, run_stage, stage_facts
 from w2sjax.pipeline.processes import FAILED, OtherProcessFailed, Processes, agree
 
 JOB = 5
@@ -85,6 +86,23 @@ def test_without_shares_the_first_process_alone_makes_a_stage(tmp_path):
 
     first, second = both(tmp_path, make)
     assert made == [0] and first.digest == second.digest and stage_facts(second) == {"by": 0}
+
+
+def test_a_stage_may_end_while_another_process_looks_for_it(tmp_path, monkeypatch):
+    """Renamed right after its manifest was not found."""
+    directory, ready = epath.Path(tmp_path / "s"), tmp_path / "ready"
+    made = run_stage("s", ready, {}, {}, lambda _: {"by": 0})
+    plain = type(directory).exists
+
+    def exists(path):
+        found = plain(path)
+        if path.name == MANIFEST and not found and ready.exists():
+            ready.rename(tmp_path / "s")
+        return found
+
+    monkeypatch.setattr(type(directory), "exists", exists)
+    found = run_stage("s", directory, {}, {}, pytest.fail, processes=process(1, tmp_path))
+    assert not plain(epath.Path(ready)) and found.skipped and found.digest == made.digest
 
 
 @pytest.mark.parametrize(

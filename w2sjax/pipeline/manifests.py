@@ -217,6 +217,8 @@ def _being_made(partial: epath.Path) -> tuple[str, int] | None:
 
 
 def _finished(name: str, directory: epath.Path, key: str) -> Stage | None:
+    # Asked before the manifest is: another process may rename a whole stage to this at any moment.
+    was_there = not in_bucket(directory) and directory.exists()
     manifest = directory / MANIFEST
     if manifest.exists():
         found = read_json(manifest)
@@ -231,7 +233,7 @@ def _finished(name: str, directory: epath.Path, key: str) -> Stage | None:
             f"{directory} was made with other settings or inputs (key {found['key']}, now {key}); "
             "delete it or start over with --start_over"
         )
-    if not in_bucket(directory) and directory.exists():
+    if was_there:
         raise ValueError(f"{directory} has no {MANIFEST}, so it is no stage's result; remove it")
     return None
 
